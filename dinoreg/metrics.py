@@ -11,7 +11,7 @@ pulls back: warped(x) = moving(x + disp(x)). Labels are whole numbers 0..65535 w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,12 +99,11 @@ def hd95_mm(fixed_labels: Array, warped_labels: Array, spacing: Sequence[float],
     Returns:
         label -> distance in mm; infinite for a label that only one of the two maps holds, NaN for one that neither holds.
     """
-    result = {}
-    for label, fixed, warped in _label_boxes(fixed_labels, warped_labels, labels):
-        surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (fixed, warped)]
-        result[label] = max((float(np.percentile(d, 95.0)) if d.size else np.inf
-                             for d in _directed_distances(surfaces[0], surfaces[1], spacing)), default=np.nan)
-    return result
+    def of_one_label(fixed: Array, warped: Array) -> float:
+        first, second = (mask & ~ndimage.binary_erosion(mask) for mask in (fixed, warped))
+        return float(max(np.percentile(d, 95.0) for d in _directed_distances(first, second, spacing)))
+
+    return _each_label(of_one_label, fixed_labels, warped_labels, labels)
 
 
 def hd95_official(fixed_labels: Array, warped_labels: Array, labels: Iterable[int] | None = None) -> dict[int, float]:
@@ -116,14 +115,14 @@ def hd95_official(fixed_labels: Array, warped_labels: Array, labels: Iterable[in
 
     Args and result as for :func:`hd95_mm`, the distance in voxels.
     """
-    result = {}
-    for label, fixed, warped in _label_boxes(fixed_labels, warped_labels, labels):
+    def of_one_label(fixed: Array, warped: Array) -> float:
         codes = [_neighbour_codes(mask) for mask in (fixed, warped)]
-        surfaces = [(code != 0) & (code != 255) for code in codes]
-        areas = [_SURFACE_AREA[code[surface]] for code, surface in zip(codes, surfaces, strict=True)]
-        distances = _directed_distances(surfaces[0], surfaces[1], (1.0, 1.0, 1.0))
-        result[label] = max(_weighted_rank(d, a) for d, a in zip(distances, areas, strict=True)) if distances else float("nan")
-    return result
+        first, second = ((code != 0) & (code != 255) for code in codes)
+        distances = _directed_distances(first, second, (1.0, 1.0, 1.0))
+        return max(_weighted_rank(d, _SURFACE_AREA[code[surface]])
+                   for d, code, surface in zip(distances, codes, (first, second), strict=True))
+
+    return _each_label(of_one_label, fixed_labels, warped_labels, labels)
 
 
 def jacobian_determinant(disp: Array) -> npt.NDArray[np.float32]:
@@ -251,32 +250,30 @@ def _same_shape(first: Array, second: Array) -> tuple[Array, Array]:
     return first, second
 
 
-def _label_boxes(fixed_labels: Array, warped_labels: Array, labels: Iterable[int] | None) -> Iterable[tuple[int, Array, Array]]:
-    """For each label the two masks, cropped to the box that holds both: the cost is that of the structure, not of the image."""
-    fixed, warped = _same_shape(_codes(fixed_labels), _codes(warped_labels))
-    boxes = [dict(enumerate(ndimage.find_objects(codes), start=1)) for codes in (fixed, warped)]
-    present = {label for found in boxes for label, box in found.items() if box is not None}
-    for label in sorted(present if labels is None else labels):
-        found = [box for box in (boxes[0].get(label), boxes[1].get(label)) if box is not None]
-        crop = tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*found, strict=True))
-        crop = crop or (slice(0, 0),) * 3  # a label of neither map: two empty masks
-        yield label, fixed[crop] == label, warped[crop] == label
+def _each_label(distance: Callable[[Array, Array], float], fixed_labels: Array, warped_labels: Array,
+                labels: Iterable[int] | None) -> dict[int, float]:
+    """``distance`` of the two masks of each label, cropped to the box that holds both, so that small structures cost little.
 
-
-def _directed_distances(first: Array, second: Array, spacing: Sequence[float]) -> list[FloatArray]:
-    """From each surface point of either map (in array order) to the nearest of the other: infinite if that has none.
-
-    Two arrays, or none at all if neither map has a surface. The array of a map without surface is empty.
+    Infinite if only one of the maps holds the label, NaN if neither does.
     """
-    if not first.any() and not second.any():
-        return []
-    distances = []
-    for source, target in ((first, second), (second, first)):
-        if target.any():
-            distances.append(ndimage.distance_transform_edt(~target, sampling=spacing)[source])
+    fixed, warped = _same_shape(_codes(fixed_labels), _codes(warped_labels))
+    boxes = [{label: box for label, box in enumerate(ndimage.find_objects(codes), start=1) if box is not None}
+             for codes in (fixed, warped)]
+    result = {}
+    for label in sorted({*boxes[0], *boxes[1]} if labels is None else labels):
+        if label in boxes[0] and label in boxes[1]:
+            crop = tuple(slice(min(a.start, b.start), max(a.stop, b.stop))
+                         for a, b in zip(boxes[0][label], boxes[1][label], strict=True))
+            result[label] = distance(fixed[crop] == label, warped[crop] == label)
         else:
-            distances.append(np.full(np.count_nonzero(source), np.inf))
-    return distances
+            result[label] = float("inf") if label in boxes[0] or label in boxes[1] else float("nan")
+    return result
+
+
+def _directed_distances(first: Array, second: Array, spacing: Sequence[float]) -> tuple[FloatArray, FloatArray]:
+    """From each surface point of either map (in array order) to the nearest of the other, none of them empty."""
+    return (ndimage.distance_transform_edt(~second, sampling=spacing)[first],
+            ndimage.distance_transform_edt(~first, sampling=spacing)[second])
 
 
 def _neighbour_codes(mask: Array) -> npt.NDArray[np.uint8]:
@@ -321,9 +318,7 @@ _SURFACE_AREA = _surface_area_table()
 
 
 def _weighted_rank(distances: FloatArray, areas: FloatArray) -> float:
-    """The smallest distance below which 95 % of the area lies; infinite without any surface."""
-    if distances.size == 0:
-        return float("inf")
+    """The smallest distance below which 95 % of the area lies."""
     order = np.lexsort((areas, distances))
     share = np.cumsum(areas[order]) / areas[order].sum()
     return float(distances[order[min(int(np.searchsorted(share, 0.95)), distances.size - 1)]])
