@@ -1,0 +1,340 @@
+"""Files in and out: volumes and displacement fields, whole or not at all.
+
+In memory everything is (i, j, k) in the order of the file's voxels with an affine to RAS millimetres. ITK keeps its arrays the
+other way round and its physical space in LPS; the transposition and the flip happen in this module and nowhere else.
+
+NIfTI is read through nibabel and not through ITK, which gives a truncated NIfTI back as zeros without a word; MetaImage and NRRD
+are read through SimpleITK, which raises on truncation. Whatever a reader raises becomes one InputError that names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import SimpleITK as sitk  # noqa: N813
+from nibabel.spatialimages import HeaderDataError
+
+from dinoreg.errors import InputError, OutputError, RegistrationError
+from dinoreg.volume import Volume
+
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+MAX_BYTES = 2**31  # of voxels as the header declares them; 512 x 512 x 2000 at 16 bits is half of it
+
+_LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
+_log = logging.getLogger(__name__)
+
+
+def image_suffix(path: Path) -> str | None:
+    """The suffix among ``SUFFIXES`` with which the file's name ends, in lower case, or None."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
+def path_inside(root: Path, relative: str | Path) -> Path:
+    """The file that a path in a JSON means, once it is certain that it lies inside ``root``.
+
+    Args:
+        root: the input folder; may itself be a symbolic link.
+        relative: the path as written, relative to ``root``.
+
+    Returns:
+        ``root / relative``. Whether it exists is not looked at.
+
+    Raises:
+        InputError: if the path is absolute, climbs with ``..`` or leads out of the folder through a symbolic link.
+    """
+    relative = Path(relative)
+    if relative.is_absolute() or ".." in relative.parts or "\0" in str(relative):
+        raise InputError(f"{str(relative)!r}: expected a path inside {root}, relative and without '..'; correct the path")
+    try:
+        inside = (root / relative).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:  # a loop of symbolic links
+        raise InputError(f"{root / relative}: cannot be followed ({error}); check its symbolic links") from error
+    if not inside:
+        raise InputError(f"{root / relative}: leads out of {root} through a symbolic link; copy the file into the folder")
+    return root / relative
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file in UTF-8.
+
+    Raises:
+        InputError: if the file is missing, unreadable, not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions") from error
+    except (ValueError, RecursionError) as error:  # both JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise InputError(f"{path}: expected JSON in UTF-8; got something else ({error}); correct the file") from error
+
+
+def read_volume(path: Path, *, max_bytes: int | None = None) -> Volume:
+    """Read a 3D image.
+
+    Args:
+        path: .nii, .nii.gz, .mha, .mhd or .nrrd with one number a voxel; further dimensions of length 1 are dropped.
+        max_bytes: refuse a file whose header declares more bytes of voxels than this, before reading them; ``MAX_BYTES`` if None.
+
+    Returns:
+        The volume: array (i, j, k) in native byte order and C layout, of the file's type, or float32 where the NIfTI header
+        scales the stored numbers; affine to RAS mm (sform before qform).
+
+    Raises:
+        InputError: if the file is missing, of another format, truncated, corrupt (a .gz with a wrong checksum too), not 3D, of
+            more than one value a voxel, larger than allowed, or without a usable spacing.
+    """
+    suffix = image_suffix(path)
+    if suffix is None:
+        raise InputError(f"{path}: expected one of {', '.join(SUFFIXES)}; convert the image")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; check the path and that the data set is complete")
+    limit = MAX_BYTES if max_bytes is None else max_bytes
+    try:
+        array, affine = (_read_nifti if suffix.startswith(".nii") else _read_itk)(path, suffix, limit)
+    except InputError:
+        raise
+    except Exception as error:  # given damaged bytes, a reader raises OSError, EOFError, zlib.error, HeaderDataError...
+        raise InputError(f"{path}: cannot be read as {suffix} ({_reason(error)}); the file is truncated, damaged or of another "
+                         "format: copy or export it again") from error
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or (spacing <= 0).any() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
+        raise InputError(f"{path}: expected three positive spacings along independent directions; got spacing "
+                         f"{_numbers(spacing)} mm and the affine {affine[:3].tolist()}; correct the header")
+    return Volume(array, affine)
+
+
+def _read_nifti(path: Path, suffix: str, limit: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    with gzip.open(path) if suffix.endswith(".gz") else path.open("rb") as stream:
+        size_field = stream.read(4)
+        stream.seek(0)
+        kind = nib.Nifti2Header if 540 in (int.from_bytes(size_field, order) for order in ("little", "big")) else nib.Nifti1Header
+        header = kind(stream.read(kind.sizeof_hdr), check=False)  # and no extensions, whose size nobody has checked
+        if not (np.isfinite(header["pixdim"][1:4]).all() and header["pixdim"][1:4].all()):  # nibabel would set a zero to 1
+            raise InputError(f"{path}: expected a positive spacing along each axis; got {_numbers(header['pixdim'][1:4])} mm; "
+                             "correct the header")
+        header.check_fix(logger=_log)
+        dtype = header.get_data_dtype()
+        shape = _spatial_shape(path, header.get_data_shape(), 1 if dtype.kind in "biuf" else 2)
+        _check_size(path, math.prod(shape) * dtype.itemsize + max(0, int(header["vox_offset"])), limit)
+        stored = header.raw_data_from_fileobj(stream).reshape(shape, order="F")
+        array = np.array(stored, dtype=dtype.newbyteorder("="), order="C")
+        stream.read(1)  # at the end of a gzip stream, this compares the checksum
+    slope, inter = header.get_slope_inter()
+    if slope is not None and (slope, inter) != (1.0, 0.0):
+        array = (array * np.float64(slope) + np.float64(inter or 0.0)).astype(np.float32)
+    return array, np.asarray(header.get_best_affine(), dtype=np.float64)
+
+
+def _read_itk(path: Path, suffix: str, limit: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("NrrdImageIO" if suffix == ".nrrd" else "MetaImageIO")  # the name decides, not a guess from the content
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    shape = _spatial_shape(path, reader.GetSize(), reader.GetNumberOfComponents())
+    itemsize = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+    _check_size(path, math.prod(shape) * itemsize, limit)
+    image = reader.Execute()
+    array = np.ascontiguousarray(sitk.GetArrayViewFromImage(image).T.reshape(shape))
+    n = image.GetDimension()
+    affine = np.eye(4)
+    affine[:3, :3] = (np.array(image.GetDirection()).reshape(n, n) * np.array(image.GetSpacing()))[:3, :3]
+    affine[:3, 3] = image.GetOrigin()[:3]
+    return array, _LPS_FROM_RAS @ affine
+
+
+def _spatial_shape(path: Path, shape: Sequence[int], components: int) -> tuple[int, int, int]:
+    """The three lengths of a 3D image; dimensions beyond the third may have length 1."""
+    if len(shape) < 3 or any(n != 1 for n in shape[3:]) or any(n < 1 for n in shape[:3]) or components != 1:
+        values = "" if components == 1 else " with more than one value a voxel"
+        raise InputError(f"{path}: expected a 3D image; got shape {tuple(int(n) for n in shape)}{values}; extract one 3D volume")
+    i, j, k = (int(n) for n in shape[:3])
+    return i, j, k
+
+
+def _check_size(path: Path, declared: int, limit: int) -> None:
+    if declared > limit:
+        raise InputError(f"{path}: the header declares {declared / 2**20:.0f} MiB; expected at most {limit / 2**20:.0f} MiB; "
+                         "crop or resample the image")
+
+
+def _numbers(values: npt.NDArray[Any]) -> str:
+    return "(" + ", ".join(f"{float(value):g}" for value in values) + ")"
+
+
+def _reason(error: Exception) -> str:
+    """One line of what a reader or writer complained about, without ITK's source lines and memory addresses."""
+    text = str(error).rsplit("ITK ERROR:", 1)[-1]
+    return " ".join(re.sub(r"\w+\(0x[0-9a-f]+\):", "", text).split())[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Let a file appear under its name whole or not at all.
+
+    Gives the path of a temporary file beside the target, with the same suffix. When the block ends, that file is brought to disk
+    and takes the target's name; when the block raises, it is removed and the target stays as it was.
+
+    Args:
+        path: the target; missing folders are made.
+
+    Raises:
+        OutputError: if the file system refuses (no such folder, no permission, no space, read-only).
+    """
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); check space and permissions of "
+                          f"{path.parent}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder if it is missing and see that a file can be created in it.
+
+    Raises:
+        OutputError: if it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"{folder}: expected a folder that can be written to; got: {error.strerror or error}; "
+                          "choose another output folder or change its permissions") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically. Raises OutputError."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON (standard: NaN and infinity are refused), atomically. Raises OutputError, and ValueError for NaN."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes, atomically. Raises OutputError."""
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def write_volume(path: Path, volume: Volume) -> None:
+    """Write a volume with its own type as .nii.gz, .nii or .mha (compressed), by the suffix.
+
+    The same volume gives the same bytes.
+
+    Raises:
+        OutputError: if the suffix is another one, the format cannot hold the type, or the file cannot be written.
+    """
+    suffix = image_suffix(path)
+    if suffix in (".nii", ".nii.gz"):
+        _write_nifti(path, volume.array, volume.affine)
+    elif suffix == ".mha":
+        _write_itk(path, sitk.GetImageFromArray(np.ascontiguousarray(volume.array.T)), volume.affine, compress=True)
+    else:
+        raise OutputError(f"{path}: expected .nii.gz, .nii or .mha for an image; choose another name")
+
+
+def write_disp_nifti(path: Path, disp: npt.NDArray[np.float32], affine: npt.NDArray[np.float64]) -> None:
+    """Write a displacement field as the Learn2Reg evaluator reads it: plain 4D (X, Y, Z, 3) float32, voxels of the fixed grid.
+
+    Component c displaces along array axis c: warped = map_coordinates(moving, identity + disp).
+
+    Args:
+        path: .nii.gz or .nii.
+        disp: (3, i, j, k) float32, voxels of the fixed grid, fixed -> moving.
+        affine: of the fixed image.
+
+    Raises:
+        RegistrationError: if the field holds a value that is not finite.
+        OutputError: if the file cannot be written.
+    """
+    _check_field(path, disp)
+    _write_nifti(path, np.moveaxis(disp, 0, -1), affine)
+
+
+def write_disp_mha(path: Path, disp: npt.NDArray[np.float32], affine: npt.NDArray[np.float64], *, vector: bool) -> None:
+    """Write a displacement field for grand-challenge.org; values in voxels, as in :func:`write_disp_nifti`.
+
+    Args:
+        path: .mha.
+        disp: (3, i, j, k) float32, voxels of the fixed grid, fixed -> moving.
+        affine: of the fixed image.
+        vector: False for the scalar 4D image of ITK size (X, Y, Z, 3) that the platform's socket asks for; True for a 3D image of
+            3-vectors, as the organisers' own baselines of 2023 wrote.
+
+    Raises:
+        RegistrationError: if the field holds a value that is not finite.
+        OutputError: if the file cannot be written.
+    """
+    _check_field(path, disp)
+    order = (3, 2, 1, 0) if vector else (0, 3, 2, 1)  # (k, j, i, 3) or (3, k, j, i)
+    image = sitk.GetImageFromArray(np.ascontiguousarray(disp.transpose(order)), isVector=vector)
+    _write_itk(path, image, affine, compress=False)
+
+
+def _check_field(path: Path, disp: npt.NDArray[np.float32]) -> None:
+    if disp.ndim != 4 or disp.shape[0] != 3 or disp.dtype != np.float32:
+        raise ValueError(f"a displacement field is float32 of shape (3, i, j, k); got {disp.dtype} of shape {disp.shape}")
+    if not np.isfinite(disp).all():
+        raise RegistrationError(f"{path.name}: expected finite displacements; got {int((~np.isfinite(disp)).sum())} values that "
+                                "are not, so the field is not written; check the intensities of both images")
+
+
+def _write_nifti(path: Path, array: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> None:
+    with atomic_write(path) as temporary, temporary.open("wb") as raw:
+        try:
+            image = nib.Nifti1Image(array, affine, dtype=array.dtype)
+        except HeaderDataError as error:
+            raise OutputError(f"{path}: NIfTI cannot hold this image ({_reason(error)}); use int16 or float32") from error
+        image.set_sform(affine, code=1)
+        image.set_qform(affine, code=1)  # a quaternion: cannot hold a shear
+        if not np.allclose(image.get_qform(), affine, atol=1e-3):
+            image.set_qform(None, code=0)
+        image.header.set_xyzt_units("mm")
+        if image_suffix(path) == ".nii":
+            image.to_stream(raw)
+        else:  # neither name nor time in the gzip header: the same array gives the same bytes
+            with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=raw, mtime=0) as compressed:
+                image.to_stream(compressed)
+
+
+def _write_itk(path: Path, image: sitk.Image, affine: npt.NDArray[np.float64], *, compress: bool) -> None:
+    n = image.GetDimension()
+    lps = _LPS_FROM_RAS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    direction = np.eye(n)
+    direction[:3, :3] = lps[:3, :3] / spacing
+    image.SetSpacing([*spacing.tolist(), 1.0][:n])
+    image.SetOrigin([*lps[:3, 3].tolist(), 0.0][:n])
+    image.SetDirection(direction.ravel().tolist())
+    with atomic_write(path) as temporary:
+        try:
+            sitk.WriteImage(image, str(temporary), compress)
+        except RuntimeError as error:
+            raise OutputError(f"{path}: cannot be written ({_reason(error)}); check space and permissions of "
+                              f"{path.parent}") from error
+
