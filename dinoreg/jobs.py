@@ -1,0 +1,153 @@
+"""What an input folder asks for, under whichever contract: the cases, their files and the names of their results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dinoreg.errors import ConfigError, InputError
+from dinoreg.grandchallenge import find_single_pair
+from dinoreg.io import read_volume
+from dinoreg.learn2reg import disp_filename, find_dataset, load_dataset, short_disp_filename
+from dinoreg.validate import check_mask, check_pair, check_volume, raise_errors
+from dinoreg.volume import Volume
+
+MODES = ("auto", "learn2reg", "single")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One registration to be done.
+
+    Attributes:
+        name: of the case in log and report.
+        fixed, moving, fixed_mask, moving_mask: the files; masks where there are any.
+        modalities: of the fixed and the moving image; "" where unknown.
+        fields: names of the displacement field relative to the output folder; the same bytes under each.
+        warped: name of the warped moving image relative to the output folder; None where the contract has no place for it.
+        same_grid: the contract counts displacements from voxel to voxel of two arrays of one shape, whatever their headers say.
+        problem: why the case cannot be done; None if nothing is known against it.
+    """
+
+    name: str
+    fixed: Path
+    moving: Path
+    fixed_mask: Path | None
+    moving_mask: Path | None
+    modalities: tuple[str, str]
+    fields: tuple[str, ...]
+    warped: str | None
+    same_grid: bool
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """All cases of an input folder.
+
+    Attributes:
+        contract: "learn2reg" or "single".
+        dataset: name of the data set; "" for a single pair.
+        split: "test", "val" or "train"; "" for a single pair.
+        cases: in the order of the data set.
+    """
+
+    contract: str
+    dataset: str
+    split: str
+    cases: tuple[Case, ...]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a case in memory, checked, and what the checks warned of."""
+
+    fixed: Volume
+    moving: Volume
+    fixed_mask: Volume | None
+    moving_mask: Volume | None
+    warnings: tuple[str, ...]
+
+
+def detect_contract(input_dir: Path, sockets: Mapping[str, str]) -> str:
+    """"learn2reg" for a folder with a ``*_dataset.json``, "single" for one with ``inputs.json`` or a folder for the fixed image.
+
+    Raises:
+        InputError: if there is no such folder, or it looks like both or like neither.
+    """
+    names = ("inputs.json", f"images/{sockets['fixed']}")
+    found_single = [name for name in names if (input_dir / name).exists()]
+    found_dataset = [path.name for path in find_dataset(input_dir)]
+    if bool(found_dataset) == bool(found_single):
+        raise InputError(f"{input_dir}: expected either <Task>_dataset.json (a Learn2Reg data set) or {' or '.join(names)} "
+                         f"(a single pair); got {', '.join(found_dataset + found_single) or 'neither'}; correct the folder or "
+                         "choose with --mode learn2reg or --mode single")
+    return "learn2reg" if found_dataset else "single"
+
+
+def find_job(input_dir: Path, mode: str, split: str, sockets: Mapping[str, str]) -> Job:
+    """The cases that a folder asks for.
+
+    Args:
+        input_dir: the input folder.
+        mode: "auto" (see :func:`detect_contract`), "learn2reg" or "single".
+        split: of a Learn2Reg data set, see :meth:`dinoreg.learn2reg.Dataset.split`.
+        sockets: role -> slug of a single pair, see :func:`dinoreg.grandchallenge.parse_sockets`.
+
+    Raises:
+        ConfigError: for an unknown mode or split.
+        InputError: if the folder, its JSON or its sockets are not as the contract says.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
+    if not input_dir.is_dir():
+        raise InputError(f"{input_dir}: no such folder; mount or name the folder that holds the images")
+    contract = detect_contract(input_dir, sockets) if mode == "auto" else mode
+    if contract == "single":
+        files = find_single_pair(input_dir, sockets)
+        slug = sockets["displacement-field"]
+        case = Case("single", files.fixed, files.moving, files.fixed_mask, files.moving_mask, modalities=("", ""),
+                    fields=(f"images/{slug}/{slug}.mha",), warped=None, same_grid=False)
+        return Job(contract, dataset="", split="", cases=(case,))
+    dataset = load_dataset(input_dir)
+    cases = tuple(Case(pair.name, pair.fixed, pair.moving, fixed_mask=pair.companion(pair.fixed, "masks"),
+                       moving_mask=pair.companion(pair.moving, "masks"), modalities=pair.modalities,
+                       fields=tuple(filter(None, (disp_filename(pair), short_disp_filename(pair)))),
+                       warped=f"warped/warped_{pair.name}.nii.gz", same_grid=True, problem=pair.problem)
+                  for pair in dataset.pairs(split))
+    return Job(contract, dataset.name, dataset.split(split), cases)
+
+
+def load_case(case: Case) -> Images:
+    """Read and check the images of a case.
+
+    Where the contract counts from voxel to voxel, the moving image is put on the fixed image's grid if only their headers differ.
+
+    Raises:
+        InputError: with everything that is wrong with any of the files, if they cannot be registered.
+    """
+    if case.problem:
+        raise InputError(case.problem)
+    files = {"fixed": case.fixed, "moving": case.moving, "fixed_mask": case.fixed_mask, "moving_mask": case.moving_mask}
+    volumes: dict[str, Volume] = {}
+    unreadable: list[str] = []
+    for role, path in files.items():
+        if path is not None:
+            try:
+                volumes[role] = read_volume(path)
+            except InputError as error:
+                unreadable.append(str(error))
+    problems = []
+    if "fixed" in volumes and "moving" in volumes:
+        problems += check_pair(volumes["fixed"], volumes["moving"], same_grid=case.same_grid)
+        if case.same_grid:
+            volumes = {role: replace(volume, affine=volumes["fixed"].affine) for role, volume in volumes.items()}
+    for role, volume in volumes.items():
+        image = volumes.get(role.removesuffix("_mask"))
+        if not role.endswith("_mask"):
+            problems += check_volume(volume, str(files[role]))
+        elif image is not None:
+            problems += check_mask(volume, image, str(files[role]))
+    warnings = raise_errors(problems, unreadable)
+    return Images(volumes["fixed"], volumes["moving"], volumes.get("fixed_mask"), volumes.get("moving_mask"), tuple(warnings))
