@@ -184,5 +184,5 @@ def test_parameter_count_is_that_of_the_published_checkpoint(arch: str) -> None:
 
 
 def test_unknown_architecture_is_refused_with_the_list_of_names() -> None:
-    with pytest.raises(ConfigError, match="vits16.*vitl14_reg4"):
+    with pytest.raises(ConfigError, match=r"vits16.*vitl14_reg4"):
         build_vit("vits16")
