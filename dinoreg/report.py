@@ -1,0 +1,110 @@
+"""What a run writes about itself: ``report.json``, the last file of a run. Its presence means that the run came to its end."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import os
+import platform
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dinoreg import __version__, metrics
+from dinoreg.errors import DinoRegError, InputError
+
+PACKAGES = ("torch", "numpy", "scipy", "nibabel", "SimpleITK", "safetensors", "evalutils")
+
+
+def file_record(path: Path, root: Path) -> dict[str, Any]:
+    """Name relative to ``root``, size and sha256 of a file.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+            size = stream.tell()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check that it is still there") from error
+    return {"file": path.relative_to(root).as_posix(), "bytes": size, "sha256": digest.hexdigest()}
+
+
+def field_metrics(disp: npt.NDArray[np.float32], spacing: Sequence[float]) -> dict[str, float | None]:
+    """How far and how smoothly a field displaces; no ground truth is needed.
+
+    Args:
+        disp: (3, i, j, k), voxels of the fixed grid.
+        spacing: millimetres per voxel along (i, j, k).
+
+    Returns:
+        ``folds_percent`` (determinant <= 0), ``sdlogj`` (true), ``sdlogj_official`` (the scorer's arithmetic, + 3),
+        ``jacobian_min``, ``jacobian_max``, ``displacement_mean_mm``, ``displacement_max_mm``; None where there is no value.
+    """
+    determinant = metrics.jacobian_determinant(disp)
+    squared = np.zeros(disp.shape[1:], dtype=np.float32)
+    for component, length in zip(disp, spacing, strict=True):
+        squared += (component * np.float32(length)) ** 2
+    distance = np.sqrt(squared)
+    values = {
+        "folds_percent": metrics.folds_percent(determinant),
+        "sdlogj": metrics.sdlogj(determinant),
+        "sdlogj_official": metrics.sdlogj_official(determinant),
+        "jacobian_min": float(determinant.min()),
+        "jacobian_max": float(determinant.max()),
+        "displacement_mean_mm": float(distance.mean(dtype=np.float64)),
+        "displacement_max_mm": float(distance.max()),
+    }
+    return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
+
+
+def failure_record(error: BaseException) -> dict[str, Any]:
+    """What went wrong with a case: kind, exit code, message in one line."""
+    if isinstance(error, DinoRegError):
+        return {"kind": type(error).__name__, "exit_code": error.exit_code, "message": one_line(str(error))}
+    message = f"unexpected {type(error).__name__}: {error}; please report it with the log"
+    return {"kind": type(error).__name__, "exit_code": 1, "message": one_line(message)}
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks."""
+    return " ".join(text.split())
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the program and of what it stands on, and the machine: what is needed to repeat a run."""
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed[name] = "not installed"
+    return {"dinoreg": __version__, "python": platform.python_version(), "packages": installed, "platform": platform.platform(),
+            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held so far, in MiB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+def run_record(run: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+    """The whole report.
+
+    Args:
+        run: what holds for all pairs: contract, data set, split, preset, configuration, device...
+        pairs: one record a pair, with an "error" where it failed.
+        seconds: wall time of the run.
+    """
+    failed = [pair for pair in pairs if "error" in pair]
+    return {"status": "failed" if failed else "complete", "exit_code": failed[0]["error"]["exit_code"] if failed else 0,
+            "pairs_registered": len(pairs) - len(failed), "pairs_failed": len(failed), "seconds": round(seconds, 3),
+            "peak_rss_mb": peak_memory_mb(), **run, "environment": environment(), "pairs": list(pairs)}
