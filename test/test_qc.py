@@ -1,0 +1,136 @@
+"""The picture: patient directions, folds and other grids are shown as they are, and drawing it has no side effects."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from scipy import ndimage
+
+from dinoreg import qc
+from dinoreg.errors import InputError
+from dinoreg.volume import Volume
+
+SHAPE = (24, 20, 16)
+LPS = np.array([[-2.0, 0, 0, 20], [0, -3.0, 0, 25], [0, 0, 4.0, -30], [0, 0, 0, 1]])
+
+
+def ball(centre: tuple[float, float, float], radius: float) -> np.ndarray:
+    grid = np.indices(SHAPE)
+    return (sum((g - c) ** 2 for g, c in zip(grid, centre, strict=True)) < radius ** 2).astype(np.float32)
+
+
+def scene() -> tuple[Volume, Volume, np.ndarray]:
+    """A head-like ball with an off-centre bright spot, and a smooth field."""
+    image = 100 * ball((12, 10, 8), 7) + 400 * ball((15, 7, 10), 2.5)
+    rng = np.random.default_rng(0)
+    disp = np.stack([ndimage.gaussian_filter(rng.standard_normal(SHAPE), 3) * 20 for _ in range(3)]).astype(np.float32)
+    return Volume(image, LPS), Volume(np.roll(image, 1, axis=0), LPS), disp
+
+
+def reoriented(volume: Volume, codes: str) -> tuple[Volume, np.ndarray]:
+    """The same volume with its axes stored in another order and direction, and nibabel's table of the change."""
+    change = nib.orientations.ornt_transform(nib.io_orientation(volume.affine), nib.orientations.axcodes2ornt(tuple(codes)))
+    array = nib.orientations.apply_orientation(volume.array, change)
+    return Volume(array, volume.affine @ nib.orientations.inv_ornt_aff(change, volume.shape)), change
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAS", "LAS", "RPI", "PSR", "SLA", "ARI"])
+def test_every_storage_order_gives_the_same_view(codes: str) -> None:
+    fixed, moving, disp = scene()
+    expected = qc._turn(fixed, moving, moving, disp)
+    turned_fixed, change = reoriented(fixed, codes)
+    turned_moving, _ = reoriented(moving, codes)
+    assert turned_fixed.orientation == codes
+    turned_disp = np.empty((3, *turned_fixed.shape), dtype=np.float32)
+    for axis, (target, flip) in enumerate(change):  # old axis -> new axis, and whether it is reversed
+        turned_disp[int(target)] = flip * nib.orientations.apply_orientation(disp[axis], change)
+    view = qc._turn(turned_fixed, turned_moving, turned_moving, turned_disp)
+    assert view.spacing == expected.spacing == (2.0, 3.0, 4.0)
+    for name in ("fixed", "moving", "body", "disp_mm"):
+        assert np.array_equal(getattr(view, name), getattr(expected, name)), name
+    assert np.allclose(view.determinant, expected.determinant, atol=1e-5)  # float32, other order of summation
+
+
+def test_an_oblique_header_is_turned_by_its_main_directions() -> None:
+    fixed, moving, disp = scene()
+    angle = np.radians(20)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0, 0], [np.sin(angle), np.cos(angle), 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    expected = qc._turn(fixed, moving, moving, disp)
+    view = qc._turn(Volume(fixed.array, turn @ LPS), Volume(moving.array, turn @ LPS), Volume(moving.array, turn @ LPS), disp)
+    assert np.array_equal(view.fixed, expected.fixed) and np.allclose(view.disp_mm, expected.disp_mm)
+
+
+def test_left_is_on_the_right_and_front_and_head_are_on_top(tmp_path: Path) -> None:
+    # in a picture of a uniform body the only bright spot lies left, in front, towards the head
+    image = 100 * ball((12, 10, 8), 7) + 900 * ball((16, 7, 10), 2.5)  # axes run to L, P, S
+    fixed = Volume(image, LPS)
+    disp = np.zeros((3, *SHAPE), dtype=np.float32)
+    disp[0] = ball((16, 7, 10), 5)  # the planes go through the greatest displacement
+    figure = qc._draw(qc._turn(fixed, fixed, fixed, disp), "", "")
+    path = tmp_path / "qc.png"
+    qc.write_qc(path, fixed, fixed, fixed, disp)
+    grey = imread(path)[..., :3].mean(axis=2)
+    for row, (horizontal, vertical) in enumerate(((1, -1), (1, -1), (-1, -1))):  # axial, coronal: L right; sagittal: A left
+        box = figure.axes[6 * row].get_position()
+        top, bottom = (round((1 - y) * grey.shape[0]) for y in (box.y1, box.y0))
+        left, right = (round(x * grey.shape[1]) for x in (box.x0, box.x1))
+        panel = grey[top:bottom, left:right]
+        inner = panel[panel.shape[0] // 8:-panel.shape[0] // 8, panel.shape[1] // 8:-panel.shape[1] // 8]  # without the letters
+        y, x = (np.mean(index) for index in np.nonzero(inner > 0.95))
+        assert np.sign(x - inner.shape[1] / 2) == horizontal and np.sign(y - inner.shape[0] / 2) == vertical, row
+
+
+def yellow_dots(path: Path) -> int:
+    picture = (imread(path)[..., :3] * 255).round()
+    last_column = picture[:, -picture.shape[1] // 6:]
+    return int((np.abs(last_column - np.array([0xFF, 0xEE, 0x00])).max(axis=2) <= 2).sum())
+
+
+def test_folds_are_marked_and_only_folds(tmp_path: Path) -> None:
+    fixed, moving, disp = scene()
+    disp *= 0.2
+    qc.write_qc(tmp_path / "smooth.png", fixed, moving, moving, disp)
+    disp[0, 12] += 3.0
+    qc.write_qc(tmp_path / "folded.png", fixed, moving, moving, disp)
+    assert yellow_dots(tmp_path / "smooth.png") == 0
+    assert yellow_dots(tmp_path / "folded.png") > 20
+
+
+def test_a_moving_image_on_another_grid_is_brought_over_by_its_header() -> None:
+    fixed, _, _ = scene()
+    header = LPS.copy()
+    header[:3, 3] += LPS[:3, 0]  # its first voxel lies where the fixed image has its second
+    placed = qc._on_grid(Volume(fixed.array[1:], header), fixed)
+    assert np.allclose(placed.array, fixed.array, atol=1e-4)
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    fixed, moving, disp = scene()
+    for name in ("a.png", "b.png"):
+        qc.write_qc(tmp_path / name, fixed, moving, moving, disp, title="pair", summary="TRE 1 mm")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_a_constant_image_can_be_drawn(tmp_path: Path) -> None:
+    flat = Volume(np.full(SHAPE, 7, dtype=np.int16), LPS)
+    qc.write_qc(tmp_path / "flat.png", flat, flat, flat, np.zeros((3, *SHAPE), dtype=np.float32))
+    assert imread(tmp_path / "flat.png").ndim == 3
+
+
+def test_a_field_of_another_grid_is_refused(tmp_path: Path) -> None:
+    fixed, moving, disp = scene()
+    with pytest.raises(InputError, match="shape"):
+        qc.write_qc(tmp_path / "x.png", fixed, moving, moving, disp[:, 1:])
+    assert not list(tmp_path.iterdir())
+
+
+def test_drawing_needs_no_window_system_state() -> None:
+    code = "import sys, dinoreg.qc; sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parent.parent)
