@@ -1,0 +1,227 @@
+"""Everything that decides a result, as frozen values, and the presets that bundle them.
+
+A configuration is checked when it is made; an unknown key or a value out of range is a ``ConfigError``. The whole of it goes
+into the report of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dinoreg.errors import ConfigError
+
+FEATURES = ("dinov2", "mind", "dinov2+mind")
+MODALITIES = ("CT", "CBCT", "MR", "")
+AXES = ("axial", "coronal", "sagittal")
+
+
+def _require(ok: bool, what: str) -> None:
+    if not ok:
+        raise ConfigError(f"configuration: {what}")
+
+
+@dataclass(frozen=True)
+class IntensityConfig:
+    """Grey values to [0, 1], per modality: a window in the image's own units, or percentiles where no window is known."""
+
+    ct_window: tuple[float, float] = (-1000.0, 500.0)  # HU
+    cbct_window: tuple[float, float] = (-1000.0, 500.0)  # grey values of a CBCT are only roughly HU
+    percentiles: tuple[float, float] = (0.5, 99.5)  # MR and unknown modalities
+
+    def __post_init__(self) -> None:
+        for name in ("ct_window", "cbct_window", "percentiles"):
+            low, high = getattr(self, name)
+            _require(math.isfinite(low) and math.isfinite(high) and low < high, f"{name} must be (low, high); got {low}, {high}")
+        _require(0 <= self.percentiles[0] and self.percentiles[1] <= 100, "percentiles lie between 0 and 100")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """How a volume becomes tokens."""
+
+    arch: str = "auto"  # a name of dinoreg.vit.ARCHITECTURES; auto: the largest whose checkpoint is there
+    last_layers: int = 1  # output of this many last blocks, concatenated
+    imagenet_norm: bool = False  # the published code feeds [0, 1] grey values as they are
+    long_side_tokens: int = 64  # tokens along the longer side of a slice
+    gap_mm: float = 6.0  # distance of encoded slices
+    axis: str = "axial"  # normal of the slices, patient axis
+    crop: bool = True  # encode the body's bounding box alone
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.last_layers <= 12, f"encoder.last_layers must be 1..12; got {self.last_layers}")
+        _require(4 <= self.long_side_tokens <= 256, f"encoder.long_side_tokens must be 4..256; got {self.long_side_tokens}")
+        _require(self.gap_mm > 0, f"encoder.gap_mm must be positive; got {self.gap_mm}")
+        _require(self.axis in AXES, f"encoder.axis must be one of {', '.join(AXES)}; got {self.axis!r}")
+
+
+@dataclass(frozen=True)
+class PcaConfig:
+    """Projection of the tokens of a pair."""
+
+    components: int = 24
+    center: bool = True  # subtract the mean token; the published code does not
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.components <= 256, f"pca.components must be 1..256; got {self.components}")
+
+
+@dataclass(frozen=True)
+class MindConfig:
+    """MIND-SSC, in voxels of the lattice on which it is computed."""
+
+    radius: int = 1
+    dilation: int = 1
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.radius <= 5 and 1 <= self.dilation <= 5, "mind.radius must be 0..5 and mind.dilation 1..5")
+
+
+@dataclass(frozen=True)
+class DiscreteConfig:
+    """The discrete stage. Its lattices are counted in cells along the longest side, so that its cost and its reach relative to
+    the field of view are the same for a hippocampus and for a thorax."""
+
+    long_side_cells: int = 48  # of the lattice on which features are compared: a 336 mm field of view gives 7 mm cells
+    pool: int = 2  # cells of that lattice a cell of the field, along an axis
+    half_width: int = 6  # cells: the reach is 1/8 of the longest side
+    consistency_iterations: int = 15
+
+    def __post_init__(self) -> None:
+        _require(8 <= self.long_side_cells <= 128, f"discrete.long_side_cells must be 8..128; got {self.long_side_cells}")
+        _require(1 <= self.pool <= 8 and 1 <= self.half_width <= 12, "discrete.pool must be 1..8, discrete.half_width 1..12")
+        _require(0 <= self.consistency_iterations <= 100, "discrete.consistency_iterations must be 0..100")
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """The continuous stage."""
+
+    levels: tuple[tuple[float, int], ...] = ((4, 100), (2, 100), (1, 50))  # (cell in the smallest voxel spacing, iterations)
+    lncc: float = 0.0  # weight of the local cross-correlation of intensities: where modalities match
+    features: float = 1.0  # weight of the squared feature difference: where they do not
+    window: int = 7  # cells, width of the local cross-correlation's window
+    rate: float = 0.25  # cells a step
+    regularity: float = 0.5  # weight of the diffusion energy against the data term
+    step_sigma: float = 1.0  # cells, Gaussian smoothing of a step
+    damping: float = 0.01  # in units of the data term a cell: slopes well below it move little
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple((float(cell), int(iterations)) for cell, iterations in self.levels))
+        _require(all(cell >= 0.5 and iterations >= 0 for cell, iterations in self.levels), "refine.levels: cell >= 0.5, iterations >= 0")
+        _require(self.lncc >= 0 and self.features >= 0 and self.lncc + self.features > 0, "refine needs a data term with a positive weight")
+        _require(self.window >= 3 and self.window % 2 == 1, f"refine.window must be odd and at least 3; got {self.window}")
+        _require(0 < self.rate <= 1, f"refine.rate must lie in (0, 1]: longer steps may fold; got {self.rate}")
+        _require(self.regularity >= 0 and self.step_sigma >= 0 and self.damping > 0, "refine: regularity and step_sigma >= 0, damping > 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of it."""
+
+    preset: str = "generic"
+    modalities: tuple[str, str] = ("", "")  # of fixed and moving image, taken where the input does not say
+    features: str = "dinov2+mind"
+    intensity: IntensityConfig = field(default_factory=IntensityConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    pca: PcaConfig = field(default_factory=PcaConfig)
+    mind: MindConfig = field(default_factory=MindConfig)
+    discrete: DiscreteConfig = field(default_factory=DiscreteConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.features in FEATURES, f"features must be one of {', '.join(FEATURES)}; got {self.features!r}")
+        _require(len(self.modalities) == 2 and all(m in MODALITIES for m in self.modalities),
+                 f"modalities must be two of {MODALITIES}; got {self.modalities}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for reports; ``from_dict`` gives it back."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Config:
+        """The configuration of a report.
+
+        Raises:
+            ConfigError: unknown keys, missing types or values out of range.
+        """
+        config: Config = _build(Config, values, "config")
+        return config
+
+
+def _build(kind: Any, values: Any, where: str) -> Any:
+    """A (nested) dataclass from a mapping; lists become tuples."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of {kind.__name__}; got {type(values).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ConfigError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(fields)}")
+    arguments = {}
+    for name, value in values.items():
+        default = fields[name].default_factory
+        nested = default is not dataclasses.MISSING and dataclasses.is_dataclass(default)
+        arguments[name] = _build(default, value, f"{where}.{name}") if nested else _tuples(value)
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def modality(text: str) -> str:
+    """CT, CBCT or MR out of a data set's own words ("CT (FBCT)", "T1w", "CBCT"); "" if they say none of these."""
+    words = re.findall(r"[A-Z0-9]+", text.upper())
+    if any(word.startswith(("CBCT", "CONE")) for word in words):
+        return "CBCT"
+    if any(word in ("CT", "FBCT", "CECT", "LDCT") for word in words):
+        return "CT"
+    if any(word in ("MR", "MRI", "T1", "T2", "T1W", "T2W", "FLAIR") for word in words):
+        return "MR"
+    return ""
+
+
+PRESETS: dict[str, Config] = {
+    config.preset: config
+    for config in (
+        Config("generic"),
+        Config("thorax-cbct", modalities=("CBCT", "CT"), refine=RefineConfig(lncc=1.0, features=0.0, regularity=2.0)),
+        Config("abdomen-mrct", modalities=("MR", "CT"), intensity=IntensityConfig(ct_window=(-150.0, 250.0))),
+        Config("brain-mr", modalities=("MR", "MR"), refine=RefineConfig(lncc=1.0, features=0.0, regularity=0.5)),
+    )
+}
+
+
+def get_preset(name: str) -> Config:
+    """A preset by name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def auto_preset(dataset: str, modalities: Sequence[str]) -> str:
+    """The preset for a data set by its name and modalities; "generic" where they say nothing.
+
+    Args:
+        dataset: name of the data set, such as "ThoraxCBCT"; may be empty.
+        modalities: of its images, as in ``modality``.
+    """
+    name = dataset.lower()
+    kinds = {modality(text) for text in modalities} - {""}
+    if "cbct" in name or "oncoreg" in name or "CBCT" in kinds:
+        return "thorax-cbct"
+    if "mrct" in name or kinds == {"MR", "CT"}:
+        return "abdomen-mrct"
+    if any(part in name for part in ("brain", "oasis", "lumir", "hippocampus", "ixi")):
+        return "brain-mr"
+    return "generic"

@@ -1,0 +1,131 @@
+"""Discrete registration: a cost volume over displacements, solved by coupled convex optimisation.
+
+Heinrich, Papiez, Schnabel, Handels 2014 (coupled convex), as used by ConvexAdam (Siebert, Hansen, Heinrich 2021): every cell
+picks the candidate that is cheapest in cost plus its squared distance from a smooth field, the picks are smoothed, and the
+coupling grows. Both directions are solved and made inverse consistent.
+
+Two lattices are used over the same extent. Features are compared cell by cell on the fine one, and candidates are whole fine
+cells; the comparisons are then averaged onto the coarse one, where the field lives. Averaging squared differences keeps what
+averaging features first would lose.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoreg.grid import Shape, apply_axes, area_matrix, box_matrix, resize, shape3, warp
+
+COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # published schedule, for a cost of order 1 and distances in coarse cells
+UNKNOWN = 0.1  # share of a cell that counts as compared with unrelated tissue (cost 1): decides where little overlaps
+
+
+@dataclass(frozen=True)
+class FeatureVolume:
+    """Features (c, i, j, k), scaled so that unrelated voxels differ by a squared distance of about 1, and weights (i, j, k)."""
+
+    features: Tensor
+    weight: Tensor
+
+    def at(self, shape: Shape) -> FeatureVolume:
+        """The same on another lattice over the same extent."""
+        return FeatureVolume(resize(self.features, shape), resize(self.weight, shape))
+
+
+def candidates(half_width: int) -> Tensor:
+    """All displacements up to ``half_width`` cells along each axis: (n, 3) float32, last axis fastest."""
+    steps = range(-half_width, half_width + 1)
+    return torch.tensor(list(itertools.product(steps, steps, steps)), dtype=torch.float32)
+
+
+def cost_volume(fixed: FeatureVolume, moving: FeatureVolume, half_width: int, coarse: Shape) -> Tensor:
+    """Mean squared feature difference of every coarse cell for every candidate displacement.
+
+    Args:
+        fixed, moving: on one fine lattice.
+        half_width: largest displacement, fine cells.
+        coarse: lattice of the result.
+
+    Returns:
+        (n, *coarse) in the order of ``candidates``: weighted mean over the cell and two 3^3 boxes around it, 1 (unrelated) where
+        nothing overlaps, times the share of valid fixed voxels.
+    """
+    ni, nj, nk = shape3(fixed.features)
+    wide, n = nk + 2 * half_width, 2 * half_width + 1
+    f, wf = fixed.features, fixed.weight[None]
+    m = F.pad(moving.features[None], (half_width,) * 6, mode="replicate")[0]
+    wm = F.pad(moving.weight[None, None], (half_width,) * 6, mode="replicate")[0]
+    # wf wm |f - m|^2 = (wf |f|^2) wm - 2 (wf f).(wm m) + wf (wm |m|^2): one inner product of augmented channels
+    left = torch.cat([wf * f.square().sum(0, keepdim=True), -2 * wf * f, wf])
+    right = torch.cat([wm, wm * m, wm * m.square().sum(0, keepdim=True)])
+    c = left.shape[0]
+    rows_f = left.permute(1, 2, 3, 0).reshape(ni * nj, nk, c).contiguous()
+    rows_m = right.permute(1, 2, 0, 3).contiguous()  # (i, j, c, k)
+    average = [box_matrix(b, 3, repeats=2) @ area_matrix(a, b) for a, b in zip((ni, nj, nk), coarse, strict=True)]
+    valid = apply_axes(fixed.weight, average)
+    cost = f.new_empty((n, n, n, *coarse))
+    for di, dj in itertools.product(range(n), range(n)):
+        row = rows_m[di : di + ni, dj : dj + nj].reshape(ni * nj, c, wide)
+        products = rows_f @ row  # (i j, k, k'): every k against every k'; the bands k' = k + dk are wanted
+        band = products.as_strided((n, ni, nj, nk), (1, nj * nk * wide, nk * wide, wide + 1))
+        overlap = wf * wm[0, di : di + ni, dj : dj + nj].unfold(2, nk, 1).permute(2, 0, 1, 3)
+        cost[di, dj] = (apply_axes(band, average) + UNKNOWN) / (apply_axes(overlap, average) + UNKNOWN) * valid
+    return cost.reshape(n**3, *coarse)
+
+
+def coupled_convex(cost: Tensor, steps: Tensor) -> Tensor:
+    """Smooth field that follows the cheapest candidates.
+
+    Args:
+        cost: (n, i, j, k), of order 1.
+        steps: the candidates (n, 3), cells of the cost's lattice.
+
+    Returns:
+        disp (3, i, j, k), cells.
+    """
+    n, shape = cost.shape[0], shape3(cost)
+    flat = cost.reshape(n, -1)
+    boxes = [box_matrix(s, 3) for s in shape]
+    square = steps.square().sum(1)
+    disp = steps.new_zeros((3, *shape))
+    for beta in (COUPLING[0], *COUPLING):  # the first pass is tied weakly to no motion: it settles cells without any evidence
+        # |d - u|^2 = |d|^2 - 2 d.u + const: one matrix product instead of n differences
+        penalty = torch.addmm(square[:, None], steps, disp.reshape(3, -1), alpha=-2.0)
+        pick = penalty.mul_(beta).add_(flat).argmin(0)
+        disp = apply_axes(steps[pick].T.reshape(3, *shape), boxes)
+    return disp
+
+
+def inverse_consistent(forward: Tensor, backward: Tensor, iterations: int = 15) -> tuple[Tensor, Tensor]:
+    """Move a pair of fields (3, i, j, k) towards being each other's inverse: half the way an iteration (ConvexAdam)."""
+    for _ in range(iterations):
+        forward, backward = (0.5 * (forward - warp(backward, forward)), 0.5 * (backward - warp(forward, backward)))
+    return forward, backward
+
+
+def discrete(fixed: FeatureVolume, moving: FeatureVolume, half_width: int, coarse: Shape,
+             consistency_iterations: int) -> tuple[Tensor, float]:
+    """Register in both directions.
+
+    Args:
+        fixed, moving: on one fine lattice.
+        half_width: largest displacement, fine cells.
+        coarse: lattice of the field.
+        consistency_iterations: of ``inverse_consistent``; 0 skips the other direction.
+
+    Returns:
+        The field fixed -> moving (3, *coarse) in coarse cells, and the share of cells whose field reaches the edge of the search.
+    """
+    ratio = torch.tensor([b / a for a, b in zip(shape3(fixed.features), coarse, strict=True)])
+    steps = (candidates(half_width) * ratio).to(fixed.features.device)
+    forward = coupled_convex(cost_volume(fixed, moving, half_width, coarse), steps)
+    reach = (forward.abs() / (half_width * ratio.to(forward))[:, None, None, None]).amax(0)
+    saturated = float((reach > 0.9).float().mean())
+    if consistency_iterations:
+        backward = coupled_convex(cost_volume(moving, fixed, half_width, coarse), steps)
+        forward, _ = inverse_consistent(forward, backward, consistency_iterations)
+    return forward, saturated

@@ -1,0 +1,72 @@
+"""Features of a pair on any lattice: DINOv2, MIND-SSC or both, each family on one scale.
+
+One scalar a family makes two unrelated places differ by a squared distance of 1 on average, so that costs, coupling and
+regularity mean the same for any family. With both, each counts half. Voxels are never normalised one by one: the length of a
+feature vector carries how much there is to see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dinoreg.config import MindConfig
+from dinoreg.convex import FeatureVolume
+from dinoreg.dino import ProjectedPair
+from dinoreg.grid import Shape, resize
+from dinoreg.mind import mind_ssc
+
+
+@dataclass(frozen=True, eq=False)
+class PairFeatures:
+    """What both images of a pair look like to the solver.
+
+    Attributes:
+        fixed, moving: intensities (i, j, k) in [0, 1], on the fixed grid.
+        fixed_valid, moving_valid: (i, j, k) in {0, 1}, where they hold data.
+        dino: projected DINOv2 tokens, or None.
+        mind: settings of MIND-SSC, or None for no MIND features.
+    """
+
+    fixed: Tensor
+    moving: Tensor
+    fixed_valid: Tensor
+    moving_valid: Tensor
+    dino: ProjectedPair | None
+    mind: MindConfig | None
+
+    def images(self, lattice: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both images and both weights on a lattice."""
+        fixed, moving, wf, wm = resize(torch.stack([self.fixed, self.moving, self.fixed_valid, self.moving_valid]), lattice)
+        return fixed, moving, wf, wm
+
+    def on(self, lattice: Shape) -> tuple[FeatureVolume, FeatureVolume]:
+        """Scaled features and weights of both images on a lattice."""
+        fixed, moving, wf, wm = self.images(lattice)
+        families = []
+        if self.mind is not None:
+            families.append(tuple(mind_ssc(image, self.mind.radius, self.mind.dilation) for image in (fixed, moving)))
+        if self.dino is not None:
+            # Where there is no body, features fade to zero: a contour is information; no data at all is the weights' business.
+            families.append(tuple(found.values * found.weight for found in self.dino.sample(lattice)))
+        share = len(families) ** -0.5
+        scales = [share * unrelated_distance(a, b, wf, wm).rsqrt() for a, b in families]
+        f, m = (torch.cat([family[side] * s for family, s in zip(families, scales, strict=True)]) for side in (0, 1))
+        return FeatureVolume(f, wf), FeatureVolume(m, wm)
+
+
+def unrelated_distance(fixed: Tensor, moving: Tensor, fixed_weight: Tensor, moving_weight: Tensor) -> Tensor:
+    """Mean squared distance between two features of one image picked at random, the mean over both images (scalar).
+
+    That is twice the sum over channels of the variance; features (c, i, j, k), weights (i, j, k).
+    """
+    total = fixed.new_zeros((), dtype=torch.float64)
+    for features, weight in ((fixed, fixed_weight), (moving, moving_weight)):
+        w = weight.double()
+        for channel in features:  # in double precision, a channel at a time
+            x = channel.double()
+            mean = (w * x).sum() / w.sum()
+            total += (w * (x - mean).square()).sum() / w.sum()
+    return total.clamp_min(1e-12).float()

@@ -1,0 +1,103 @@
+"""Grey values to [0, 1], and where an image says anything."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from dinoreg.config import IntensityConfig
+from dinoreg.errors import InputError
+from dinoreg.volume import Volume
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+CUBE = np.ones((3, 3, 3), dtype=bool)
+
+
+def to_unit_range(array: FloatArray, modality: str, config: IntensityConfig) -> FloatArray:
+    """Clip grey values to the modality's window and scale them to [0, 1].
+
+    Args:
+        array: (i, j, k), finite; NaN where the image has no value (these become 0).
+        modality: "CT", "CBCT", "MR" or "" (unknown). CT windows are only used where the values can be HU: some below -200.
+        config: windows and percentiles. Percentiles are taken over the voxels above the smallest value.
+
+    Raises:
+        InputError: the image has no contrast.
+    """
+    known = array[np.isfinite(array)]
+    window = {"CT": config.ct_window, "CBCT": config.cbct_window}.get(modality)
+    if window is None or not known.size or known.min() > -200:
+        inside = known[known > known.min()] if known.size else known
+        if inside.size == 0:
+            raise InputError("the image has the same value everywhere (on the fixed image's grid): nothing can be registered to it")
+        low, high = np.percentile(inside, config.percentiles)
+        low = min(low, float(known.min())) if config.percentiles[0] == 0 else low
+        window = (float(low), float(max(high, np.nextafter(np.float32(low), np.float32(np.inf)))))
+    unit = (np.nan_to_num(array, nan=window[0]) - window[0]) / (window[1] - window[0])
+    return np.clip(unit, 0, 1).astype(np.float32)
+
+
+def valid_region(array: FloatArray, margin: int = 2) -> BoolArray:
+    """Where an image holds data: everything but the constant fill that reaches its border, such as the outside of a cone-beam
+    CT's cylinder, padding, or the zeros around an extracted brain.
+
+    Args:
+        array: (i, j, k); NaN counts as fill.
+        margin: voxels of fill beside data that still count as valid (a contour needs both of its sides).
+    """
+    finite = np.isfinite(array)
+    lowest = array[finite].min() if finite.any() else np.float32(0)
+    fill = ~finite | (array == lowest)
+    if not fill.any():
+        return np.ones(array.shape, dtype=bool)
+    labels, _ = ndimage.label(ndimage.binary_erosion(fill, CUBE, border_value=1))
+    touching = np.zeros(labels.max() + 1, dtype=bool)
+    for axis in range(3):
+        for index in (0, -1):
+            touching[np.take(labels, index, axis=axis)] = True
+    touching[0] = False
+    outside = touching[labels]
+    if margin > 1:
+        outside = ndimage.binary_erosion(outside, CUBE, iterations=margin - 1, border_value=1)
+    return np.asarray(~outside, dtype=bool)
+
+
+def body_mask(unit: FloatArray, valid: BoolArray, threshold: float = 0.05) -> BoolArray:
+    """The body: the largest connected part above a threshold, its holes (lungs, too) filled slice by slice along each axis.
+
+    Args:
+        unit: (i, j, k) in [0, 1].
+        valid: where there is data.
+        threshold: of the unit range: 0.05 (published for MR; with the CT window used here, -925 HU).
+    """
+    labels, number = ndimage.label(ndimage.binary_opening((unit > threshold) & valid, CUBE))
+    if number == 0:
+        return valid
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    body = labels == sizes.argmax()
+    for axis in range(3):
+        for section in np.moveaxis(body, axis, 0):  # views: filled in place
+            section[...] = ndimage.binary_fill_holes(section)
+    return np.asarray(body, dtype=bool)
+
+
+def on_grid(volume: Volume, reference: Volume, order: int = 1, fill: float = np.nan) -> npt.NDArray[np.generic]:
+    """An image on another image's grid, through both headers.
+
+    Args:
+        volume: the image to bring over.
+        reference: the grid.
+        order: 1 linear (float32), 0 nearest (keeps the type).
+        fill: value where the image has none.
+    """
+    if volume.same_grid(reference):
+        return volume.array.astype(np.float32, copy=False) if order else volume.array
+    matrix = np.linalg.solve(volume.affine, reference.affine)
+    source = volume.array.astype(np.float32, copy=False) if order else volume.array
+    return np.asarray(ndimage.affine_transform(source, matrix[:3, :3], matrix[:3, 3], output_shape=reference.shape, order=order,
+                                               mode="constant", cval=fill if order else 0))
+
+

@@ -1,0 +1,151 @@
+"""Continuous refinement: Adam on a displacement field, from a coarse lattice to a fine one.
+
+The field grows by composition, ``disp <- disp o (id + step)``, with steps of a fraction of a cell that are smoothed before
+they are used: each is a small diffeomorphism, and so is their composition, which keeps folds out by construction (greedy
+composition as in ANTs and Greedy; Adam on the composed step as in FireANTs, Jena et al. 2024). Per iteration:
+
+    g = d(similarity)/d(disp) - regularity * laplacian(disp)       the gradient of similarity + diffusion
+    step = -rate * m / (sqrt(v) + damping)                         m, v: Adam's moments of g
+    disp = compose(disp, smooth(step))
+
+Lengths are in units of the level's cell size h (mm), so that anisotropic voxels neither bend nor favour an axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoreg.convex import FeatureVolume
+from dinoreg.grid import apply_axes, box_matrix, compose, gaussian_matrix, shape3, warp
+
+
+class Similarity(Protocol):
+    """A data term on one lattice."""
+
+    def gradient(self, disp: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean dissimilarity (scalar) and its derivative by the field in cells, times the number of cells (3, i, j, k)."""
+        ...
+
+
+class FeatureSSD:
+    """Sum over channels of squared feature differences, weighted by where both images are valid."""
+
+    def __init__(self, fixed: FeatureVolume, moving: FeatureVolume) -> None:
+        self.fixed, self.fixed_weight = fixed.features, fixed.weight
+        self.moving = torch.cat([moving.features, moving.weight[None]])
+
+    def gradient(self, disp: Tensor) -> tuple[Tensor, Tensor]:
+        disp = disp.detach().requires_grad_()
+        with torch.enable_grad():
+            warped = warp(self.moving, disp)
+        values = warped.detach()
+        weight = self.fixed_weight * values[-1]
+        difference = values[:-1] - self.fixed
+        loss = (weight * difference.square().sum(0)).mean()
+        upstream = torch.cat([2 * weight * difference, torch.zeros_like(weight)[None]])
+        return loss, torch.autograd.grad(warped, disp, upstream)[0]
+
+
+class LNCC:
+    """Negative squared local cross-correlation of intensities over a cubic window (Avants et al. 2008).
+
+    With window means F, M and window (co)variances: ``cc = cov(f, m)^2 / (var f var m)``, 1 where one image is locally a linear
+    function of the other. Windows without contrast count as uncorrelated.
+    """
+
+    FLOOR = 1e-5  # variance below which a window has no contrast, intensities in [0, 1]: a standard deviation of 0.3 %
+
+    def __init__(self, fixed: Tensor, moving: Tensor, fixed_weight: Tensor, moving_weight: Tensor, window: int) -> None:
+        """Images and weights (i, j, k), intensities in [0, 1]; ``window`` is the odd width in cells."""
+        self.boxes = [box_matrix(n, window).to(fixed.device) for n in shape3(fixed)]
+        self.adjoint = [box.T.contiguous() for box in self.boxes]
+        self.fixed, self.fixed_weight = fixed, fixed_weight
+        self.moving = torch.stack([moving, moving_weight])
+        self.fixed_mean = apply_axes(fixed, self.boxes)
+        self.fixed_var = (apply_axes(fixed.square(), self.boxes) - self.fixed_mean.square()).clamp_min(0) + self.FLOOR
+
+    def gradient(self, disp: Tensor) -> tuple[Tensor, Tensor]:
+        disp = disp.detach().requires_grad_()
+        with torch.enable_grad():
+            warped = warp(self.moving, disp)
+        moving, moving_weight = warped.detach()
+        mean, square, product = apply_axes(torch.stack([moving, moving.square(), self.fixed * moving]), self.boxes)
+        variance = (square - mean.square()).clamp_min_(0).add_(self.FLOOR)
+        covariance = product - self.fixed_mean * mean
+        weight = self.fixed_weight * moving_weight
+        a = weight * covariance / (self.fixed_var * variance)
+        b = covariance / variance
+        loss = -(a * covariance).mean()
+        # d cc / d m(y) = 2 sum_x W(x, y) a(x) [(f(y) - F(x)) - b(x) (m(y) - M(x))]
+        ab = a * b
+        t = apply_axes(torch.stack([a, ab, a * self.fixed_mean - ab * mean]), self.adjoint)
+        by_moving = -2 * (self.fixed * t[0] - moving * t[1] - t[2])
+        upstream = torch.stack([by_moving, torch.zeros_like(by_moving)])
+        return loss, torch.autograd.grad(warped, disp, upstream)[0]
+
+
+class Sum:
+    """Weighted sum of data terms."""
+
+    def __init__(self, terms: Sequence[tuple[float, Similarity]]) -> None:
+        self.terms = tuple(terms)
+
+    def gradient(self, disp: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [(weight, *term.gradient(disp)) for weight, term in self.terms]
+        loss = torch.stack([weight * value for weight, value, _ in parts]).sum()
+        return loss, torch.stack([weight * slope for weight, _, slope in parts]).sum(0)
+
+
+def laplacian(disp: Tensor, stretch: Sequence[float]) -> Tensor:
+    """Sum of second derivatives of every component, zero slope across the border; axis a counts ``stretch[a]`` squared."""
+    padded = F.pad(disp[None], (1,) * 6, mode="replicate")[0]
+    core = (slice(1, -1),) * 3
+    total = torch.zeros_like(disp)
+    for axis in range(3):
+        low, high = list(core), list(core)
+        low[axis], high[axis] = slice(0, -2), slice(2, None)
+        total += stretch[axis] ** 2 * (padded[(slice(None), *low)] + padded[(slice(None), *high)] - 2 * disp)
+    return total
+
+
+def refine(similarity: Similarity, disp: Tensor, spacing: Sequence[float], iterations: int, *, rate: float, regularity: float,
+           step_sigma: float, damping: float, progress: Callable[[int, float], None] | None = None) -> tuple[Tensor, list[float]]:
+    """Run Adam on one lattice.
+
+    Args:
+        similarity: the data term on this lattice.
+        disp: start, (3, i, j, k), cells.
+        spacing: cell size (mm) along each axis of the lattice.
+        iterations: number of Adam steps.
+        rate: step length, in the smallest cell size.
+        regularity: weight of the diffusion energy against the data term.
+        step_sigma: Gaussian smoothing of each step, in the smallest cell size.
+        damping: added to Adam's denominator: gradients well below it move little.
+        progress: called with the iteration and its loss.
+
+    Returns:
+        The field and the data term's value before each step.
+    """
+    h = min(spacing)
+    stretch = [h / s for s in spacing]
+    to_cells = disp.new_tensor(stretch)[:, None, None, None]
+    smoother = [gaussian_matrix(n, step_sigma * r) for n, r in zip(shape3(disp), stretch, strict=True)]
+    first, second = torch.zeros_like(disp), torch.zeros_like(disp)
+    losses = []
+    for t in range(1, iterations + 1):
+        loss, slope = similarity.gradient(disp)
+        slope = slope * to_cells - regularity * laplacian(disp / to_cells, stretch)  # by the field in units of h
+        first.lerp_(slope, 0.1)
+        second.lerp_(slope.square_(), 0.01)
+        step = (first / (1 - 0.9**t)).div_((second / (1 - 0.99**t)).sqrt_().add_(damping)).mul_(-rate)
+        disp = compose(disp, apply_axes(step, smoother) * to_cells)
+        losses.append(float(loss))
+        if progress is not None:
+            progress(t, losses[-1])
+    return disp, losses
+

@@ -1,0 +1,234 @@
+"""A pair of volumes in, a displacement field out: the pipeline.
+
+paths -> volumes -> one grid -> intensities and masks -> features (frozen) -> joint PCA -> discrete stage, both directions ->
+Adam, coarse to fine -> folds repaired -> field at full resolution.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from dinoreg.config import Config
+from dinoreg.convex import discrete
+from dinoreg.dino import pair_features
+from dinoreg.errors import ConfigError, InputError, RegistrationError
+from dinoreg.features import PairFeatures
+from dinoreg.grid import Shape, identity, lattice_shape, resize_disp, shape3, unfold
+from dinoreg.preprocess import body_mask, on_grid, to_unit_range, valid_region
+from dinoreg.refine import LNCC, FeatureSSD, Similarity, Sum, refine
+from dinoreg.slices import PatchEncoder, volume_tokens
+from dinoreg.volume import Volume
+from dinoreg.weights import load_encoder
+
+log = logging.getLogger(__name__)
+
+SATURATED = 0.02  # share of cells at the edge of the search above which a warning is given
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """The result for a pair.
+
+    Attributes:
+        disp: (3, i, j, k) float32, voxels of the fixed grid, component c along array axis c: warped(x) = moving(x + disp(x)),
+            where the moving image is meant on the fixed grid (through both headers, if their grids differ).
+        fixed_affine: of the grid, voxel -> RAS mm.
+        stages: seconds and the process's peak memory (MB) at the end of each stage.
+        warnings: what a user should know before trusting the field.
+        info: features, encoder and its weights, device, loss before and after each level.
+    """
+
+    disp: npt.NDArray[np.float32]
+    fixed_affine: npt.NDArray[np.float64]
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def warp(self, volume: Volume, order: int = 1) -> Volume:
+        """A volume of the moving image's space on the fixed grid.
+
+        Args:
+            volume: on any grid: its header says where it lies.
+            order: 1 linear, 0 nearest neighbour (labels). The type of the array is kept.
+
+        Returns:
+            The volume on the fixed grid; 0 (or the smallest value, for images with negative values) where it has none.
+        """
+        shape: Shape = (self.disp.shape[1], self.disp.shape[2], self.disp.shape[3])
+        points = identity(shape).numpy() + self.disp  # on the fixed grid, voxels
+        matrix = np.linalg.solve(volume.affine, self.fixed_affine)
+        where = np.einsum("ab,bijk->aijk", matrix[:3, :3], points.astype(np.float64)) + matrix[:3, 3, None, None, None]
+        fill = min(0.0, float(volume.array.min())) if order else 0
+        dtype = volume.array.dtype
+        source = volume.array.astype(np.float32) if order else volume.array
+        warped = ndimage.map_coordinates(source, where, order=order, mode="constant", cval=fill)
+        if order and np.issubdtype(dtype, np.integer):
+            warped = np.rint(warped)
+        return Volume(warped.astype(dtype), self.fixed_affine)
+
+
+class Registrar:
+    """Registers pairs with one configuration. Holds the configuration and the encoder's weights, nothing of any pair.
+
+    Args:
+        config: a preset or one's own.
+        weights: folder with the encoder's checkpoint; see ``dinoreg.weights.load_encoder`` for where it is looked for without.
+        device: "auto" (CUDA if there is one), "cpu" or "cuda".
+        threads: CPU threads; all that there are if not given.
+        encoder: an encoder to use instead of a checkpoint.
+
+    Raises:
+        ConfigError: unknown device, CUDA asked for where there is none, threads below 1.
+        WeightsError: the features need DINOv2 and its weights are missing or wrong.
+    """
+
+    def __init__(self, config: Config, weights: Path | None = None, device: str = "auto", threads: int | None = None,
+                 encoder: PatchEncoder | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads must be at least 1; got {threads}")
+        if device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device must be auto, cpu or cuda; got {device!r}")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device cuda was asked for, but no CUDA GPU is visible; use --device auto or cpu, "
+                              "or give the container its GPU (docker run --gpus all)")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.config = config
+        self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.encoder = encoder
+        if encoder is None and "dinov2" in config.features:
+            self.encoder = load_encoder(config.encoder.arch, weights, device=self.device)
+        log.info("features %s%s, device %s", config.features,
+                 f" ({self._encoder_name()})" if "dinov2" in config.features else "",
+                 torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads")
+
+    def _encoder_name(self) -> str:
+        return f"{getattr(self.encoder, 'arch', type(self.encoder).__name__)}, {getattr(self.encoder, 'source', 'given')}"
+
+    @torch.no_grad()
+    def register(self, fixed: Volume, moving: Volume, *, fixed_mask: Volume | None = None, moving_mask: Volume | None = None,
+                 modalities: Sequence[str] = ("", "")) -> Registration:
+        """Register a pair.
+
+        Args:
+            fixed, moving: the images; the moving one is brought to the fixed grid through the headers first.
+            fixed_mask, moving_mask: where the images count, if that is not everywhere; any grid, 0 is outside.
+            modalities: of fixed and moving image ("CT", "CBCT", "MR" or ""), over those of the preset.
+
+        Raises:
+            InputError: an image with non-finite values or without contrast, or no overlap.
+            RegistrationError: the field is not finite, or no foreground was found.
+        """
+        stages: dict[str, dict[str, float]] = {}
+        warnings: list[str] = []
+        info: dict[str, Any] = {"features": self.config.features, "device": str(self.device), "threads": torch.get_num_threads()}
+        if "dinov2" in self.config.features:
+            info["encoder"] = self._encoder_name()
+            info["encoder_sha256"] = getattr(self.encoder, "sha256", None)
+        with _stage("prepare", stages):
+            kinds = [given or own for given, own in zip(modalities, self.config.modalities, strict=True)]
+            pair, bodies = self._prepare(fixed, moving, fixed_mask, moving_mask, kinds)
+        if "dinov2" in self.config.features:
+            with _stage("encode", stages):
+                pair = self._encode(pair, bodies, fixed.affine)
+        with _stage("discrete", stages):
+            disp, saturated = self._discrete(pair, fixed.spacing)
+            info["saturated"] = saturated
+            if saturated > SATURATED:
+                warnings.append(f"the motion reaches the edge of the search range in {100 * saturated:.0f} % of the volume: look at "
+                                "the picture, and align the images first if they are far apart")
+        with _stage("refine", stages):
+            disp, info["levels"] = self._refine(pair, disp, fixed.spacing)
+        with _stage("finish", stages):
+            disp = resize_disp(disp, fixed.shape)
+            disp, repaired = unfold(disp)
+            info["repaired_voxels"] = repaired
+            result = disp.float().cpu().numpy()
+        if not np.isfinite(result).all():
+            raise RegistrationError("the field holds values that are not finite; please report this with the images' headers")
+        return Registration(result, fixed.affine, stages, warnings, info)
+
+    def _prepare(self, fixed: Volume, moving: Volume, fixed_mask: Volume | None, moving_mask: Volume | None,
+                 kinds: Sequence[str]) -> tuple[PairFeatures, tuple[Tensor, Tensor]]:
+        """Both images on the fixed grid, scaled, with their regions; and the body masks."""
+        images, regions, bodies = [], [], []
+        for name, image, mask, kind in (("fixed", fixed, fixed_mask, kinds[0]), ("moving", moving, moving_mask, kinds[1])):
+            if not np.isfinite(image.array).all():
+                raise InputError(f"the {name} image holds NaN or infinite values: replace them, or mask them out and fill them")
+            array = np.asarray(on_grid(image, fixed), dtype=np.float32)
+            if not np.isfinite(array).any():
+                raise InputError("by their headers the two images have no voxel in common: correct the headers, or align them first")
+            try:
+                unit = to_unit_range(array, kind, self.config.intensity)
+            except InputError as error:
+                raise InputError(f"{name} image: {error}") from error
+            valid = valid_region(array)
+            if mask is not None:
+                valid &= np.asarray(on_grid(mask, fixed, order=0)) != 0
+                if not valid.any():
+                    raise InputError(f"the {name} mask leaves nothing of the {name} image: correct it, or leave it out")
+            images.append(unit)
+            regions.append(valid)
+            bodies.append(body_mask(unit, valid) if "dinov2" in self.config.features else valid)
+        tensors = [torch.from_numpy(x).to(self.device) for x in (*images, *(r.astype(np.float32) for r in regions))]
+        mind = self.config.mind if "mind" in self.config.features else None
+        pair = PairFeatures(tensors[0], tensors[1], tensors[2], tensors[3], None, mind)
+        return pair, (torch.from_numpy(bodies[0]), torch.from_numpy(bodies[1]))
+
+    def _encode(self, pair: PairFeatures, bodies: tuple[Tensor, Tensor], affine: npt.NDArray[np.float64]) -> PairFeatures:
+        assert self.encoder is not None  # the constructor loads it
+        window = bodies[0] | bodies[1]
+        fixed, moving = (volume_tokens(image, body, affine, self.encoder, self.config.encoder, window=window)
+                         for image, body in ((pair.fixed, bodies[0]), (pair.moving, bodies[1])))
+        return PairFeatures(pair.fixed, pair.moving, pair.fixed_valid, pair.moving_valid,
+                            pair_features(fixed, moving, self.config.pca, self.device), pair.mind)
+
+    def _discrete(self, pair: PairFeatures, spacing: Sequence[float]) -> tuple[Tensor, float]:
+        """The field on the coarse lattice, and the share of it that reaches the edge of the search."""
+        config, shape = self.config.discrete, shape3(pair.fixed)
+        cell = max(n * s for n, s in zip(shape, spacing, strict=True)) / config.long_side_cells
+        fine = lattice_shape(shape, spacing, cell)
+        coarse = lattice_shape(fine, (1.0, 1.0, 1.0), config.pool)
+        return discrete(*pair.on(fine), config.half_width, coarse, config.consistency_iterations)
+
+    def _refine(self, pair: PairFeatures, disp: Tensor, spacing: Sequence[float]) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The field on the finest lattice, and what happened on each."""
+        config, shape, history = self.config.refine, shape3(pair.fixed), []
+        for factor, iterations in config.levels:
+            lattice = lattice_shape(shape, spacing, factor * min(spacing))
+            cell = [n * s / m for n, s, m in zip(shape, spacing, lattice, strict=True)]
+            terms: list[tuple[float, Similarity]] = []
+            if config.lncc:
+                terms.append((config.lncc, LNCC(*pair.images(lattice), config.window)))
+            if config.features:
+                terms.append((config.features, FeatureSSD(*pair.on(lattice))))
+            disp, losses = refine(Sum(terms), resize_disp(disp, lattice), cell, iterations, rate=config.rate,
+                                  regularity=config.regularity, step_sigma=config.step_sigma, damping=config.damping)
+            history.append({"lattice": list(lattice), "cell_mm": [round(c, 3) for c in cell], "iterations": iterations,
+                            "loss_first": losses[0] if losses else None, "loss_last": losses[-1] if losses else None})
+        return disp, history
+
+
+@contextmanager
+def _stage(name: str, stages: dict[str, dict[str, float]]) -> Iterator[None]:
+    """Time a stage, log it and note it with the peak memory of the process so far."""
+    start = time.monotonic()
+    yield
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    stages[name] = {"seconds": round(time.monotonic() - start, 3), "peak_rss_mb": round(peak, 1)}
+    if torch.cuda.is_available():
+        stages[name]["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    log.info("%s: %.1f s, peak %.0f MB", name, stages[name]["seconds"], peak)
