@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 
 from dinoreg import metrics
-from dinoreg.evaluate import read_points, read_true_disp
-from dinoreg.learn2reg import load_dataset
+from dinoreg.evaluate import evaluate_pair, read_points, read_true_disp
+from dinoreg.learn2reg import disp_filename, load_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "test" / "input"
@@ -81,6 +82,17 @@ def test_the_true_motion_carries_the_labels(pair, true_disp: np.ndarray) -> None
     for label, dice in after.items():
         # nearest neighbour at 3 mm: thin ribs and the trachea keep .85, organs .92
         assert dice > (0.85 if label in (6, 7) else 0.92) and dice > before[label] + 0.05, label
+
+
+def test_the_expected_values_are_those_of_the_example(pair, true_disp: np.ndarray) -> None:  # type: ignore[no-untyped-def]
+    expected = json.loads((ROOT / "test" / "expected" / "metrics.json").read_text())
+    assert expected["pair"] == pair.name and expected["fields"] == [disp_filename(pair)]
+    result = evaluate_pair(pair, true_disp, "true field")
+    for metric, value in expected["before"].items():
+        assert result.before.plain[metric] == pytest.approx(value, abs=0.0006), metric  # written with three decimals
+    for metric, limit in expected["after_at_most"].items():
+        assert result.after.plain[metric] < limit < result.before.plain[metric] or metric in ("sdlogj", "folds_percent"), metric
+    assert result.before.plain["dice"] < expected["after_at_least"]["dice"] < result.after.plain["dice"]
 
 
 def test_the_true_motion_does_not_fold(true_disp: np.ndarray) -> None:
