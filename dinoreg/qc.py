@@ -220,7 +220,7 @@ def _draw_plane(panels: Sequence[Axes], view: _View, look: _Look, row: int, inde
     maps = ((cut(look.length_mm), "viridis", Normalize(0, look.reach_mm)),
             (np.log2(cut(view.determinant).clip(0.25, 4.0)), "RdBu_r", Normalize(-1, 1)))
     for panel, (values, colours, scale) in zip(panels[4:], maps, strict=True):
-        panel.imshow(np.ma.masked_where(~body, values), cmap=colours, norm=scale, extent=extent, origin="lower",
+        panel.imshow(np.where(body, values, np.nan), cmap=colours, norm=scale, extent=extent, origin="lower",
                      interpolation="nearest")
     _deformed_grid(panels[4], cut(view.disp_mm[across]), cut(view.disp_mm[down]), centres)
     fold_rows, fold_columns = np.nonzero(cut(view.determinant) <= 0)
