@@ -1,17 +1,21 @@
-"""What an input folder asks for, under whichever contract: the cases, their files and the names of their results."""
+"""What an input folder asks for, under whichever contract: the cases, their images in and their results out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dinoreg.errors import ConfigError, InputError
 from dinoreg.grandchallenge import find_single_pair
-from dinoreg.io import read_volume
+from dinoreg.io import copy_file, image_suffix, read_volume, write_disp_mha, write_disp_nifti, write_volume
 from dinoreg.learn2reg import disp_filename, find_dataset, load_dataset, short_disp_filename
 from dinoreg.validate import check_mask, check_pair, check_volume, raise_errors
 from dinoreg.volume import Volume
+
+if TYPE_CHECKING:
+    from dinoreg.registration import Registration
 
 MODES = ("auto", "learn2reg", "single")
 
@@ -151,3 +155,32 @@ def load_case(case: Case) -> Images:
             problems += check_mask(volume, image, str(files[role]))
     warnings = raise_errors(problems, unreadable)
     return Images(volumes["fixed"], volumes["moving"], volumes.get("fixed_mask"), volumes.get("moving_mask"), tuple(warnings))
+
+
+def write_case(case: Case, output_dir: Path, images: Images, registration: Registration, *, vector_field: bool) -> list[Path]:
+    """Write the results of a case; the field under its full name comes last: where it is, the case is complete.
+
+    Args:
+        case, images, registration: what was asked for, read and found.
+        output_dir: the output folder.
+        vector_field: for a MetaImage, see :func:`dinoreg.io.write_disp_mha`.
+
+    Returns:
+        The files, in the order of writing.
+
+    Raises:
+        OutputError: if one cannot be written.
+        RegistrationError: if the field holds values that are not finite.
+    """
+    written = []
+    if case.warped is not None:
+        written.append(output_dir / case.warped)
+        write_volume(written[-1], registration.warp(images.moving))
+    field, *copies = (output_dir / name for name in reversed(case.fields))
+    if image_suffix(field) == ".mha":
+        write_disp_mha(field, registration.disp, images.fixed.affine, vector=vector_field)
+    else:
+        write_disp_nifti(field, registration.disp, images.fixed.affine)
+    for copy in copies:
+        copy_file(field, copy)
+    return [*written, field, *copies]

@@ -1,0 +1,219 @@
+"""The door of the container: reads /input, registers every pair that it asks for, writes /output.
+
+Two contracts, told apart by what lies in the input folder:
+
+- a Learn2Reg data set (``<Task>_dataset.json``): ``disp_*.nii.gz`` a pair, the warped images under ``warped/``;
+- a single pair of grand-challenge.org (``inputs.json`` or ``images/fixed``): one field in ``images/displacement-field/``.
+
+``report.json`` comes last: its presence means that the run came to its end. A pair that fails does not stop the others; the exit
+status is that of the first failure (2 configuration, 3 input, 4 weights, 5 output, 6 registration, 1 anything else).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from evalutils.evalutils import Algorithm
+from evalutils.exceptions import ValidationError
+from evalutils.io import FileLoader
+from evalutils.validators import ExpectedColumnNamesValidator
+from pandas import DataFrame
+
+from dinoreg.config import auto_preset, get_preset, modality
+from dinoreg.errors import DinoRegError, InputError, OutputError
+from dinoreg.grandchallenge import parse_sockets
+from dinoreg.io import check_writable, write_json
+from dinoreg.jobs import Case, Images, Job, find_job, load_case, write_case
+from dinoreg.registration import Registrar, Registration
+from dinoreg.report import failure_record, field_metrics, file_record, one_line, peak_memory_mb, run_record
+
+log = logging.getLogger("dinoreg.process")
+
+
+class JobLoader(FileLoader):
+    """Loads a folder's job: the cases become the rows of evalutils' table."""
+
+    job: Job  # of the folder loaded last
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+
+    def load(self, *, fname: Path) -> list[dict[str, Any]]:
+        self.job = find_job(fname, self.options.mode, self.options.split, parse_sockets(self.options.sockets))
+        return [vars(case) for case in self.job.cases]
+
+
+class DinoReg(Algorithm):
+    """evalutils' life cycle over pairs: load, validate, process_cases, save."""
+
+    def __init__(self, options: argparse.Namespace, registrar_factory: Callable[..., Registrar]) -> None:
+        self.loader = JobLoader(options)
+        columns = tuple(field.name for field in dataclasses.fields(Case))
+        super().__init__(index_key="pair", file_loaders={"pair": self.loader},
+                         validators={"pair": (ExpectedColumnNamesValidator(expected=columns),)}, input_path=options.input,
+                         output_path=options.output, output_file=options.output / "report.json")
+        self.options = options
+        self.registrar_factory = registrar_factory
+        self.started = time.monotonic()
+        self.warnings: list[str] = []
+
+    def load(self) -> None:
+        check_writable(self._output_path)
+        self._output_file.unlink(missing_ok=True)  # of an earlier run
+        self._cases["pair"] = DataFrame(self.loader.load(fname=self._input_path), dtype=object)
+
+    def validate(self) -> None:
+        try:
+            super().validate()
+        except ValidationError as error:
+            raise InputError(str(error)) from error
+
+    def process_cases(self, file_loader_key: str | None = None) -> None:
+        job = self.loader.job
+        modalities = sorted({text for case in job.cases for text in case.modalities})
+        self.preset = auto_preset(job.dataset, modalities) if self.options.preset == "auto" else self.options.preset
+        self.config = get_preset(self.preset)
+        log.info("%s, %d pairs%s, preset %s", job.contract, len(job.cases),
+                 f" of {job.dataset} ({job.split})" if job.dataset else "", self.preset)
+        if self.options.features not in (None, self.config.features):
+            self.warnings.append(f"features {self.options.features} in place of the preset's {self.config.features}, as asked")
+            log.warning(self.warnings[-1])
+            self.config = dataclasses.replace(self.config, features=self.options.features)
+        self.registrar = self.registrar_factory(self.config, weights=self.options.weights, device=self.options.device,
+                                                threads=self.options.threads)
+        super().process_cases(file_loader_key)
+
+    def process_case(self, *, idx: int, case: Any) -> dict[str, Any]:
+        case = Case(**case)
+        log.info("pair %d of %d: %s", idx + 1, len(self.loader.job.cases), case.name)
+        record: dict[str, Any] = {"name": case.name, "modalities": list(case.modalities)}
+        try:
+            return record | self.register(case)
+        except DinoRegError as error:
+            log.error("%s: %s", case.name, one_line(str(error)))
+            return record | {"error": failure_record(error)}
+        except Exception as error:
+            log.exception("%s: unexpected error", case.name)
+            return record | {"error": failure_record(error)}
+
+    def register(self, case: Case) -> dict[str, Any]:
+        """Read, register and write one case; the record for the report."""
+        stages: dict[str, dict[str, float]] = {}
+        with stage("read", stages):
+            images = load_case(case)
+            inputs = {role: file_record(path, self._input_path) for role in ("fixed", "moving", "fixed_mask", "moving_mask")
+                      if (path := getattr(case, role))}
+        for warning in images.warnings:
+            log.warning("%s: %s", case.name, warning)
+        registration = self.predict(input_image=(case, images))
+        stages |= registration.stages
+        with stage("write", stages):
+            files = write_case(case, self._output_path, images, registration, vector_field=self.options.vector_field)
+            outputs = [file_record(path, self._output_path) for path in files]
+        with stage("metrics", stages):
+            field = field_metrics(registration.disp, images.fixed.spacing)
+        return {"inputs": inputs, "outputs": outputs, "stages": stages, "field": field, "info": registration.info,
+                "warnings": [*images.warnings, *registration.warnings]}
+
+    def predict(self, *, input_image: tuple[Case, Images]) -> Registration:
+        case, images = input_image
+        return self.registrar.register(images.fixed, images.moving, fixed_mask=images.fixed_mask, moving_mask=images.moving_mask,
+                                       modalities=[modality(text) for text in case.modalities])
+
+    def save(self) -> None:
+        job = self.loader.job
+        run = {"contract": job.contract, "dataset": job.dataset, "split": job.split, "preset": self.preset,
+               "config": self.config.to_dict(), "warnings": self.warnings}
+        write_json(self._output_file, run_record(run, self._case_results, time.monotonic() - self.started))
+        log.info("report: %s", self._output_file)
+
+
+@contextmanager
+def stage(name: str, stages: dict[str, dict[str, float]]) -> Iterator[None]:
+    """Time a stage, log it and note it for the report."""
+    start = time.monotonic()
+    yield
+    stages[name] = {"seconds": round(time.monotonic() - start, 3), "peak_rss_mb": peak_memory_mb()}
+    log.info("%s: %.1f s, peak %.0f MB", name, stages[name]["seconds"], stages[name]["peak_rss_mb"])
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. A container that is started without one is set up by variables: DINOREG_PRESET is --preset, and so on."""
+    parser = argparse.ArgumentParser(description="Register the pairs of a Learn2Reg data set, or a single pair.",
+                                     epilog="The variables DINOREG_INPUT, DINOREG_PRESET ... replace the defaults.")
+
+    def option(name: str, default: Any, text: str, **settings: Any) -> None:
+        value = os.environ.get(f"DINOREG_{name.upper().replace('-', '_')}") or default  # empty counts as unset
+        parser.add_argument(f"--{name}", default=value, help=f"{text} (default: {default})" if default else text, **settings)
+
+    option("input", "/input", "folder to read", type=Path)
+    option("output", "/output", "folder to write", type=Path)
+    option("mode", "auto", "contract: auto, learn2reg or single")
+    option("split", "auto", "pairs of a Learn2Reg data set: auto (test if it lists any, else val), val, test or train")
+    option("preset", "auto", "auto (from data set and modalities) or a preset's name")
+    option("features", None, "in place of the preset's: dinov2, mind or dinov2+mind")
+    option("weights", None, "folder with the encoder's weights", type=Path)
+    option("device", "auto", "auto, cpu or cuda")
+    option("threads", None, "CPU threads", type=int)
+    option("sockets", "", "slugs of a single pair, such as fixed=cbct,moving=planning-ct")
+    option("log", None, "file to which the log is added", type=Path)
+    parser.add_argument("--vector-field", action="store_true", default=os.environ.get("DINOREG_VECTOR_FIELD") == "1",
+                        help="single pair: write a 3D image of vectors in place of a scalar 4D image")
+    return parser.parse_args(arguments)
+
+
+def set_up_logging(path: Path | None) -> None:
+    """Log to standard output, where a platform shows it as a log and not as a warning, and to a file if there is one."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        except OSError as error:
+            raise OutputError(f"{path}: expected a log file that can be written; got: {error.strerror}; name another") from error
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers, force=True)
+    logging.captureWarnings(True)
+
+
+def main(arguments: Sequence[str] | None = None, registrar_factory: Callable[..., Registrar] = Registrar) -> int:
+    """Run with the given command line; the exit status. The last line on standard error says what failed, if anything did."""
+    options = parse_options(arguments)
+    try:
+        set_up_logging(options.log)
+        algorithm = DinoReg(options, registrar_factory)
+        algorithm.process()
+        failures = [(f"{record['name']}: ", record["error"]) for record in algorithm._case_results if "error" in record]
+        summary = f"{len(failures)} of {len(algorithm._case_results)} pairs failed; "
+    except Exception as error:
+        if not isinstance(error, DinoRegError):
+            log.exception("unexpected error")
+        failures, summary = [("", failure_record(error))], ""
+    if not failures:
+        return 0
+    name, failure = failures[0]
+    log.error("%s%s%s", summary, name, failure["message"])
+    sys.stdout.flush()
+    sys.stderr.write(f"dinoreg: {summary}{name}{failure['message']}\n")
+    return int(failure["exit_code"])
+
+
+def end(number: int, _frame: object) -> NoReturn:
+    """Leave at a signal: what is being written is discarded, finished pairs stay."""
+    sys.stderr.write(f"dinoreg: ended by {signal.Signals(number).name}; finished pairs are kept\n")
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    sys.exit(main())
