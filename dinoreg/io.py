@@ -140,6 +140,7 @@ def _read_nifti(path: Path, suffix: str, limit: int) -> tuple[npt.NDArray[Any], 
 
 
 def _read_itk(path: Path, suffix: str, limit: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    _check_data_file(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if suffix == ".nrrd" else "MetaImageIO")  # the name decides, not a guess from the content
     reader.SetFileName(str(path))
@@ -154,6 +155,16 @@ def _read_itk(path: Path, suffix: str, limit: int) -> tuple[npt.NDArray[Any], np
     affine[:3, :3] = (np.array(image.GetDirection()).reshape(n, n) * np.array(image.GetSpacing()))[:3, :3]
     affine[:3, 3] = image.GetOrigin()[:3]
     return array, _LPS_FROM_RAS @ affine
+
+
+def _check_data_file(path: Path) -> None:
+    """A header may name another file for its voxels: that has to be one file beside it."""
+    with path.open("rb") as stream:
+        header = stream.read(2**16)
+    for name in re.findall(rb"(?im)^(?:ElementDataFile[ \t]*=|data ?file:)[ \t]*([^\r\n]*?)[ \t]*\r?$", header):
+        name = name.decode("utf-8", "replace")
+        if name != "LOCAL" and not path_inside(path.parent, name).is_file():
+            raise InputError(f"{path}: expected its voxels in one file beside it; got {name!r}; convert to .mha or .nii.gz")
 
 
 def _spatial_shape(path: Path, shape: Sequence[int], components: int) -> tuple[int, int, int]:

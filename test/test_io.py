@@ -367,6 +367,22 @@ def test_loop_of_symbolic_links_is_refused(tmp_path: Path) -> None:
         assert io.path_inside(tmp_path, "a").is_file()
 
 
+@pytest.mark.parametrize("target", ["{outside}", "../voxels.raw", "link.raw", "LIST", "slice%d.raw 1 9 1"])
+@pytest.mark.parametrize("suffix", [".mha", ".mhd", ".nrrd", ".nhdr.nrrd"])
+def test_header_that_takes_its_voxels_from_elsewhere_is_refused(tmp_path: Path, suffix: str, target: str) -> None:
+    (tmp_path / "voxels.raw").write_bytes(bytes(8 * 2))
+    folder = tmp_path / "input"
+    folder.mkdir()
+    (folder / "link.raw").symlink_to(tmp_path / "voxels.raw")
+    target = target.format(outside=tmp_path / "voxels.raw")
+    (folder / f"x{suffix}").write_text(
+        f"NRRD0004\ntype: short\ndimension: 3\nsizes: 2 2 2\nencoding: raw\nendian: little\ndata file: {target}\n"
+        if suffix.endswith("nrrd") else
+        f"ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_SHORT\nElementDataFile = {target}\n")
+    with pytest.raises(InputError, match=r"relative and without|symbolic link|one file beside it"):
+        io.read_volume(folder / f"x{suffix}")
+
+
 # --- whole or not at all ------------------------------------------------------------------------------------------------------
 
 
