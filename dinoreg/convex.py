@@ -15,8 +15,8 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dinoreg.grid import Shape, apply_axes, area_matrix, box_matrix, resize, shape3, warp
 
@@ -57,8 +57,8 @@ def cost_volume(fixed: FeatureVolume, moving: FeatureVolume, half_width: int, co
     ni, nj, nk = shape3(fixed.features)
     wide, n = nk + 2 * half_width, 2 * half_width + 1
     f, wf = fixed.features, fixed.weight[None]
-    m = F.pad(moving.features[None], (half_width,) * 6, mode="replicate")[0]
-    wm = F.pad(moving.weight[None, None], (half_width,) * 6, mode="replicate")[0]
+    m = pad(moving.features[None], (half_width,) * 6, mode="replicate")[0]
+    wm = pad(moving.weight[None, None], (half_width,) * 6, mode="replicate")[0]
     # wf wm |f - m|^2 = (wf |f|^2) wm - 2 (wf f).(wm m) + wf (wm |m|^2): one inner product of augmented channels
     left = torch.cat([wf * f.square().sum(0, keepdim=True), -2 * wf * f, wf])
     right = torch.cat([wm, wm * m, wm * m.square().sum(0, keepdim=True)])

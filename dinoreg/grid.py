@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import grid_sample, max_pool3d, pad
 
 Shape = tuple[int, int, int]
 SLABS = 8  # a warp is cut into this many slabs whatever the machine, so that the result does not depend on the thread count
@@ -103,7 +103,8 @@ def box_matrix(n: int, width: int, repeats: int = 1, zero_border: bool = False) 
     x = torch.arange(n)
     matrix = ((x[:, None] - x).abs() <= width // 2).double()
     matrix = matrix / width if zero_border else matrix / matrix.sum(1, keepdim=True)
-    return torch.linalg.matrix_power(matrix, repeats).float()
+    power: Tensor = torch.linalg.matrix_power(matrix, repeats)
+    return power.float()
 
 
 def resize(x: Tensor, shape: Shape) -> Tensor:
@@ -129,13 +130,14 @@ def identity(shape: Shape, device: torch.device | str = "cpu") -> Tensor:
     return torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float32, device=device) for n in shape), indexing="ij"))
 
 
-def warp(x: Tensor, disp: Tensor, mode: str = "bilinear") -> Tensor:
+def warp(x: Tensor, disp: Tensor, mode: str = "bilinear", padding: str = "border") -> Tensor:
     """Sample ``x`` where a displacement field of the same lattice points: ``out(p) = x(p + disp(p))``.
 
     Args:
         x: (c, i, j, k), or any lattice over the same extent as ``disp``.
         disp: (3, i', j', k') in cells of its own lattice.
         mode: "bilinear" (trilinear in 3D) or "nearest".
+        padding: "border", or "zeros" for the published algorithm, which takes what lies outside for zero.
 
     Returns:
         (c, i', j', k'), with the nearest voxel of ``x`` where ``disp`` points outside.
@@ -150,12 +152,11 @@ def warp(x: Tensor, disp: Tensor, mode: str = "bilinear") -> Tensor:
         coordinates.append(base + disp[axis] * (2 / n))
     grid = torch.stack(coordinates, dim=-1)  # (i', j', k', 3)
     if disp.is_cuda:
-        return F.grid_sample(x[None], grid[None], mode=mode, padding_mode="border", align_corners=False)[0]
+        return grid_sample(x[None], grid[None], mode=mode, padding_mode=padding, align_corners=False)[0]
     # On a CPU grid_sample runs one thread a batch item: slabs along the first axis become the batch.
     slabs = -(-shape[0] // SLABS)
-    pad = slabs * SLABS - shape[0]
-    grid = F.pad(grid, (0, 0, 0, 0, 0, 0, 0, pad)).reshape(SLABS, slabs, *grid.shape[1:])
-    out = F.grid_sample(x.expand(SLABS, *x.shape), grid, mode=mode, padding_mode="border", align_corners=False)
+    grid = pad(grid, (0, 0, 0, 0, 0, 0, 0, slabs * SLABS - shape[0])).reshape(SLABS, slabs, *grid.shape[1:])
+    out = grid_sample(x.expand(SLABS, *x.shape), grid, mode=mode, padding_mode=padding, align_corners=False)
     out = out.transpose(0, 1).reshape(c, SLABS * slabs, *shape[1:])
     return out[:, : shape[0]]
 
@@ -172,7 +173,7 @@ def exponential(velocity: Tensor, squarings: int) -> Tensor:
         velocity: (3, i, j, k), cells per unit time.
         squarings: number of self-compositions; 0 returns the velocity itself.
     """
-    disp = velocity / 2**squarings
+    disp: Tensor = velocity / 2**squarings
     for _ in range(squarings):
         disp = compose(disp, disp)
     return disp
@@ -228,7 +229,7 @@ def unfold(disp: Tensor, floor: float = 0.05, passes: int = 50) -> tuple[Tensor,
         if not count:
             break
         width = 2 * (1 + number // 10) + 1
-        near = F.max_pool3d(bad[None, None].float(), width, stride=1, padding=width // 2)
+        near = max_pool3d(bad[None, None].float(), width, stride=1, padding=width // 2)
         near = apply_axes(near[0], [box_matrix(n, 3) for n in shape3(disp)])  # a soft edge, so that none is cut into the field
         disp = torch.lerp(disp, apply_axes(disp, blur), near)
     return disp, first

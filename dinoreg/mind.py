@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dinoreg.grid import Shape, apply_axes, box_matrix, resize, shape3
 
@@ -37,7 +37,7 @@ def mind_ssc(image: Tensor, radius: int = 1, dilation: int = 2, shape: Shape | N
     """
     size = shape3(image)
     boxes = [box_matrix(n, 2 * radius + 1) for n in size]
-    padded = F.pad(image[None, None], (dilation,) * 6, mode="replicate")[0, 0]
+    padded = pad(image[None, None], (dilation,) * 6, mode="replicate")[0, 0]
 
     def shifted(offset: tuple[int, int, int]) -> Tensor:
         i, j, k = (dilation * (1 + o) for o in offset)

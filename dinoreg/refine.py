@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dinoreg.convex import FeatureVolume
 from dinoreg.grid import apply_axes, box_matrix, compose, gaussian_matrix, shape3, warp
@@ -103,7 +103,7 @@ class Sum:
 
 def laplacian(disp: Tensor, stretch: Sequence[float]) -> Tensor:
     """Sum of second derivatives of every component, zero slope across the border; axis a counts ``stretch[a]`` squared."""
-    padded = F.pad(disp[None], (1,) * 6, mode="replicate")[0]
+    padded = pad(disp[None], (1,) * 6, mode="replicate")[0]
     core = (slice(1, -1),) * 3
     total = torch.zeros_like(disp)
     for axis in range(3):
