@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,13 +23,17 @@ import torch
 from torch import Tensor
 
 from dinoreg.errors import WeightsError
-from dinoreg.vit import PATCH, VisionTransformer, build_vit, get_spec
+from dinoreg.vit import ARCHITECTURES, PATCH, VisionTransformer, build_vit, get_spec
 
 HOME = Path(__file__).resolve().parents[1] / "weights"
 MANIFEST = HOME / "manifest.json"
 PLACES = (Path("/opt/ml/model"), Path("/oncoreg/model"), HOME)  # where platforms put a model, then our own folder
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 HUB_FILE = "model.safetensors"  # the name of every checkpoint on the Hugging Face hub
+AUTO = "auto"
+RECOMMENDED, QUICK = "vitl14_reg4", "vits14_reg4"  # what to fetch: for results, and for a first try
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +82,8 @@ def load_encoder(arch: str, folder: Path | None = None, *, device: torch.device 
     """Find, verify and load the checkpoint of an architecture.
 
     Args:
-        arch: a key of ``dinoreg.vit.ARCHITECTURES``.
+        arch: a key of ``dinoreg.vit.ARCHITECTURES``, or "auto": the largest of which a checkpoint is there, at equal size the one
+            with registers.
         folder: the only folder to look in. Without it that is ``$DINOREG_WEIGHTS``, and if that is unset, /opt/ml/model,
             /oncoreg/model and the ``weights`` folder beside the package, in this order.
         device: where the parameters go.
@@ -87,17 +93,17 @@ def load_encoder(arch: str, folder: Path | None = None, *, device: torch.device 
         ConfigError: unknown architecture.
         WeightsError: no file, or one that is cut short, altered, of another architecture or not finite.
     """
-    get_spec(arch)
-    entry = _manifest_entry(manifest, arch)
+    if arch != AUTO:
+        get_spec(arch)
+    models = _read_manifest(manifest)
     explicit = folder or (Path(os.environ["DINOREG_WEIGHTS"]) if os.environ.get("DINOREG_WEIGHTS") else None)
     folders = (explicit,) if explicit else PLACES
+    if arch == AUTO:
+        arch, path = _largest(folders, models, explicit)
+    else:
+        path = _named(arch, folders, models, explicit)
+    entry = models[arch]
     hub_id = entry["hub"]["name"]
-    names = (entry["file"], f"{hub_id}.safetensors", HUB_FILE)
-    path = next((place / name for place in folders for name in names if (place / name).is_file()), None)
-    if path is None:
-        looked = ", ".join(f"{place}" if place.is_dir() else f"{place} (no such folder)" for place in folders)
-        raise WeightsError(f"no weights for encoder {arch}: expected {names[0]} (or {names[1]}, or {HUB_FILE} of "
-                           f"facebook/{hub_id}), found none in {looked}; fetch them with: {_command(arch, explicit)}")
     command = _command(arch, path.parent)
     try:
         with path.open("rb") as stream:
@@ -175,19 +181,76 @@ def from_hub_names(hub: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     return state
 
 
-def _manifest_entry(manifest: Path, arch: str) -> dict[str, Any]:
+def _read_manifest(manifest: Path) -> dict[str, dict[str, Any]]:
+    """Architecture -> file, size and hashes; the largest first, at equal size the one with registers."""
     try:
-        entry = json.loads(manifest.read_text(encoding="utf-8"))["models"][arch]
-        _ = entry["file"], entry["bytes"], entry["sha256"], entry["hub"]["name"], entry["hub"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{manifest}: no usable entry for encoder {arch} ({type(error).__name__}: {error}); restore the file "
-                           "from the repository") from error
-    return dict(entry)
+        models = json.loads(manifest.read_text(encoding="utf-8"))["models"]
+        for entry in models.values():
+            _ = entry["file"], entry["bytes"], entry["sha256"], entry["hub"]["name"], entry["hub"]["sha256"]
+        sizes = {arch: (ARCHITECTURES[arch].dim, ARCHITECTURES[arch].depth, ARCHITECTURES[arch].registers) for arch in models}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{manifest}: expected the list of checkpoints; got something else ({type(error).__name__}: "
+                           f"{error}); restore the file from the repository") from error
+    return {arch: models[arch] for arch in sorted(sizes, key=lambda arch: sizes[arch], reverse=True)}
+
+
+def _named(arch: str, folders: Sequence[Path], models: Mapping[str, Any], explicit: Path | None) -> Path:
+    """The checkpoint of an architecture in the first folder that has one."""
+    if arch not in models:
+        raise WeightsError(f"the manifest of weights lists no encoder {arch}; restore it from the repository")
+    names = _own_names(models[arch])
+    path = next((place / name for place in folders for name in (*names, HUB_FILE) if (place / name).is_file()), None)
+    if path is None:
+        raise WeightsError(f"no weights for encoder {arch}: expected {names[0]} (or {names[1]}, or {HUB_FILE} of "
+                           f"facebook/{models[arch]['hub']['name']}), found none in {_looked(folders)}; fetch them with: "
+                           f"{_command(arch, explicit)}")
+    return path
+
+
+def _largest(folders: Sequence[Path], models: Mapping[str, Any], explicit: Path | None) -> tuple[str, Path]:
+    """The largest architecture of which a checkpoint lies in any of the folders, and that file."""
+    hub_files = {path: _arch_of(path) for place in folders if (path := place / HUB_FILE).is_file()}
+    for arch, entry in models.items():
+        for path in (place / name for place in folders for name in (*_own_names(entry), HUB_FILE)):
+            if path.is_file() and hub_files.get(path, arch) == arch:
+                log.info("encoder %s: the largest of which weights were found (%s)", arch, path)
+                return arch, path
+    names = _own_names(models[RECOMMENDED])
+    unknown = "".join(f" ({path} is no DINOv2 of a known architecture)" for path in hub_files)
+    raise WeightsError(f"no weights for the encoder: expected {names[0]} (or {names[1]}, or {HUB_FILE}, or another file of "
+                       f"weights/manifest.json), found none in {_looked(folders)}{unknown}; fetch them with: "
+                       f"{_command(RECOMMENDED, explicit)} ({QUICK} for a quick try)")
+
+
+def _own_names(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """File names that tell the architecture: the official one, and that of the Hugging Face model."""
+    return entry["file"], f"{entry['hub']['name']}.safetensors"
+
+
+def _looked(folders: Sequence[Path]) -> str:
+    return ", ".join(f"{place}" if place.is_dir() else f"{place} (no such folder)" for place in folders)
+
+
+def _arch_of(path: Path) -> str | None:
+    """The architecture of a safetensors file by the shapes in its header; None if it is none of ours, or damaged."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            shapes = {name.removeprefix("embeddings."): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError):
+        return None
+    registers = shapes.get("register_tokens", (1, 0, 0))[1]
+    size = (shapes.get("cls_token", (0,))[-1], _depth(shapes), registers)
+    return next((arch for arch, spec in ARCHITECTURES.items() if (spec.dim, spec.depth, spec.registers) == size), None)
+
+
+def _depth(names: Iterable[str]) -> int:
+    """Number of blocks of a state dict by the names of its tensors on the hub."""
+    return 1 + max((int(found[1]) for name in names if (found := re.match(r"encoder\.layer\.(\d{1,3})\.", name))), default=-1)
 
 
 def _command(arch: str, folder: Path | None) -> str:
     to = "" if folder is None or folder.resolve() == HOME else f" --to {folder}"
-    return f"python weights/fetch.py {arch}{to}"
+    return f"python3 weights/fetch.py {arch}{to}"
 
 
 def _wrong(path: Path, expected: str, found: str, command: str) -> WeightsError:
@@ -228,8 +291,7 @@ def _read_safetensors(stream: BinaryIO, path: Path, entry: Mapping[str, Any], co
         state = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise _wrong(path, "a complete safetensors file", f"another thing ({error})", command) from error
-    depth = 1 + max((int(found[1]) for name in state if (found := re.match(r"encoder\.layer\.(\d{1,3})\.", name))), default=0)
-    return from_hub_names(state, depth), sha256, expected is not None
+    return from_hub_names(state, _depth(state)), sha256, expected is not None
 
 
 def _fill(arch: str, state: dict[str, Any], path: Path, command: str) -> VisionTransformer:

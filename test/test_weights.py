@@ -141,7 +141,7 @@ def test_content_that_does_not_match_is_refused_by_name(tmp_path: Path, name: st
     with pytest.raises(WeightsError, match=complaint) as caught:
         load_encoder("tiny_reg4", tmp_path, manifest=manifest)
     message = str(caught.value)
-    assert str(path) in message and f"python weights/fetch.py tiny_reg4 --to {tmp_path}" in message
+    assert str(path) in message and f"python3 weights/fetch.py tiny_reg4 --to {tmp_path}" in message
 
 
 def test_content_that_is_no_dictionary_is_refused(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_missing_weights_name_the_file_the_places_and_the_command(tmp_path: Path
         load_encoder("vitl14_reg4", absent)
     message = str(caught.value)
     for part in ("dinov2_vitl14_reg4_pretrain.pth", "dinov2-with-registers-large.safetensors", f"{absent} (no such folder)",
-                 f"python weights/fetch.py vitl14_reg4 --to {absent}"):
+                 f"python3 weights/fetch.py vitl14_reg4 --to {absent}"):
         assert part in message
     assert "\n" not in message
 
@@ -281,6 +281,54 @@ def test_places_are_searched_in_order_and_a_given_folder_alone(tmp_path: Path, m
         class_token()
 
 
+def test_auto_takes_the_largest_architecture_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Size first, registers at equal size, whatever the order of the folders and the name of the file."""
+    monkeypatch.setitem(ARCHITECTURES, "small", VitSpec(dim=32, depth=1, heads=2, registers=4))
+    monkeypatch.setitem(ARCHITECTURES, "tiny", VitSpec(dim=32, depth=2, heads=2))
+    first, second = tmp_path / "first", tmp_path / "second"
+    monkeypatch.setattr("dinoreg.weights.PLACES", (tmp_path / "absent", first, second))
+    entries = {}
+    for folder, arch in ((first, "small"), (second, "tiny"), (second, "tiny_reg4")):
+        folder.mkdir(exist_ok=True)
+        path = folder / f"dinov2_{arch}_pretrain.pth"
+        torch.save(state(arch), path)
+        entries |= json.loads(write_manifest(tmp_path, path, arch=arch).read_text())["models"]
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"models": entries}))
+    for expected, folder in (("tiny_reg4", second), ("tiny", second), ("small", first)):
+        encoder = load_encoder("auto", manifest=manifest)
+        assert encoder.arch == expected and encoder.source.startswith(f"dinov2_{expected}_pretrain.pth")
+        assert same(encoder, state(expected))
+        assert load_encoder("auto", folder, manifest=manifest).arch == expected
+        (folder / f"dinov2_{expected}_pretrain.pth").unlink()
+
+
+@pytest.mark.parametrize("arch", ["tiny_reg4", "tinyg"])
+def test_auto_knows_a_hub_file_by_its_shapes(tmp_path: Path, arch: str) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(hub_names(state(arch)), path)
+    encoder = load_encoder("auto", tmp_path, manifest=write_manifest(tmp_path, path, arch=arch))
+    assert encoder.arch == arch and same(encoder, state(arch))
+
+
+def test_auto_without_weights_names_files_places_and_the_command(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError) as caught:
+        load_encoder("auto", tmp_path)
+    message = str(caught.value)
+    for part in ("dinov2_vitl14_reg4_pretrain.pth", "model.safetensors", str(tmp_path), f"fetch.py vitl14_reg4 --to {tmp_path}",
+                 "vits14_reg4"):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(2)}, None])
+def test_auto_says_that_a_hub_file_is_none_it_knows(tmp_path: Path, content: dict[str, Tensor] | None) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(content, path) if content else path.write_bytes(b"cut off")
+    with pytest.raises(WeightsError, match=r"model\.safetensors.* is no DINOv2 of a known architecture"):
+        load_encoder("auto", tmp_path)
+
+
 def test_manifest_covers_every_architecture_and_is_well_formed() -> None:
     models = json.loads(MANIFEST.read_text())["models"]
     assert set(models) == {arch for arch in ARCHITECTURES if not arch.startswith("tiny")}
@@ -297,7 +345,7 @@ def test_manifest_covers_every_architecture_and_is_well_formed() -> None:
 def test_broken_manifest_is_a_weights_error(tmp_path: Path) -> None:
     for text in ("", "[]", '{"models": {"tiny_reg4": {"file": "x"}}}'):
         (tmp_path / "manifest.json").write_text(text)
-        with pytest.raises(WeightsError, match="no usable entry"):
+        with pytest.raises(WeightsError, match=r"list of checkpoints.*restore"):
             load_encoder("tiny_reg4", tmp_path, manifest=tmp_path / "manifest.json")
 
 
