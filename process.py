@@ -18,8 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +34,8 @@ from dinoreg.grandchallenge import parse_sockets
 from dinoreg.io import check_writable, write_json
 from dinoreg.jobs import Case, Images, Job, find_job, load_case, write_case
 from dinoreg.registration import Registrar, Registration
-from dinoreg.report import failure_record, field_metrics, file_record, one_line, peak_memory_mb, run_record
+from dinoreg.report import failure_record, field_metrics, file_record, one_line, run_record
+from dinoreg.stages import stage
 
 log = logging.getLogger("dinoreg.process")
 
@@ -136,15 +136,6 @@ class DinoReg(Algorithm):
                "config": self.config.to_dict(), "warnings": self.warnings}
         write_json(self._output_file, run_record(run, self._case_results, time.monotonic() - self.started))
         log.info("report: %s", self._output_file)
-
-
-@contextmanager
-def stage(name: str, stages: dict[str, dict[str, float]]) -> Iterator[None]:
-    """Time a stage, log it and note it for the report."""
-    start = time.monotonic()
-    yield
-    stages[name] = {"seconds": round(time.monotonic() - start, 3), "peak_rss_mb": peak_memory_mb()}
-    log.info("%s: %.1f s, peak %.0f MB", name, stages[name]["seconds"], stages[name]["peak_rss_mb"])
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

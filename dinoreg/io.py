@@ -25,7 +25,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 from nibabel.spatialimages import HeaderDataError
 
 from dinoreg.errors import InputError, OutputError, RegistrationError
@@ -105,7 +105,7 @@ def read_volume(path: Path, *, max_bytes: int | None = None) -> Volume:
     limit = MAX_BYTES if max_bytes is None else max_bytes
     try:
         array, affine = (_read_nifti if suffix.startswith(".nii") else _read_itk)(path, suffix, limit)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # given damaged bytes, a reader raises OSError, EOFError, zlib.error, HeaderDataError...
         raise InputError(f"{path}: cannot be read as {suffix} ({_reason(error)}); the file is truncated, damaged or of another "

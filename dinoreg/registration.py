@@ -7,10 +7,7 @@ Adam, coarse to fine -> folds repaired -> field at full resolution.
 from __future__ import annotations
 
 import logging
-import resource
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from dinoreg.grid import Shape, identity, lattice_shape, resize_disp, shape3, un
 from dinoreg.preprocess import body_mask, on_grid, to_unit_range, valid_region
 from dinoreg.refine import LNCC, FeatureSSD, Similarity, Sum, refine
 from dinoreg.slices import PatchEncoder, volume_tokens
+from dinoreg.stages import stage
 from dinoreg.volume import Volume
 from dinoreg.weights import load_encoder
 
@@ -130,7 +128,7 @@ class Registrar:
 
         Raises:
             InputError: an image with non-finite values or without contrast, or no overlap.
-            RegistrationError: the field is not finite, or no foreground was found.
+            RegistrationError: the field is not finite, no foreground was found, or memory ran out.
         """
         stages: dict[str, dict[str, float]] = {}
         warnings: list[str] = []
@@ -138,21 +136,21 @@ class Registrar:
         if "dinov2" in self.config.features:
             info["encoder"] = self._encoder_name()
             info["encoder_sha256"] = getattr(self.encoder, "sha256", None)
-        with _stage("prepare", stages):
+        with stage("prepare", stages):
             kinds = [given or own for given, own in zip(modalities, self.config.modalities, strict=True)]
             pair, bodies = self._prepare(fixed, moving, fixed_mask, moving_mask, kinds)
         if "dinov2" in self.config.features:
-            with _stage("encode", stages):
+            with stage("encode", stages):
                 pair = self._encode(pair, bodies, fixed.affine)
-        with _stage("discrete", stages):
+        with stage("discrete", stages):
             disp, saturated = self._discrete(pair, fixed.spacing)
             info["saturated"] = saturated
             if saturated > SATURATED:
                 warnings.append(f"the motion reaches the edge of the search range in {100 * saturated:.0f} % of the volume: look at "
                                 "the picture, and align the images first if they are far apart")
-        with _stage("refine", stages):
+        with stage("refine", stages):
             disp, info["levels"] = self._refine(pair, disp, fixed.spacing)
-        with _stage("finish", stages):
+        with stage("finish", stages):
             disp = resize_disp(disp, fixed.shape)
             disp, repaired = unfold(disp)
             info["repaired_voxels"] = repaired
@@ -220,15 +218,3 @@ class Registrar:
             history.append({"lattice": list(lattice), "cell_mm": [round(c, 3) for c in cell], "iterations": iterations,
                             "loss_first": losses[0] if losses else None, "loss_last": losses[-1] if losses else None})
         return disp, history
-
-
-@contextmanager
-def _stage(name: str, stages: dict[str, dict[str, float]]) -> Iterator[None]:
-    """Time a stage, log it and note it with the peak memory of the process so far."""
-    start = time.monotonic()
-    yield
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    stages[name] = {"seconds": round(time.monotonic() - start, 3), "peak_rss_mb": round(peak, 1)}
-    if torch.cuda.is_available():
-        stages[name]["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    log.info("%s: %.1f s, peak %.0f MB", name, stages[name]["seconds"], peak)

@@ -7,7 +7,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from dinoreg import __version__, metrics
 from dinoreg.errors import DinoRegError, InputError
+from dinoreg.stages import peak_memory_mb
 
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "SimpleITK", "safetensors", "evalutils")
 
@@ -89,11 +89,6 @@ def environment() -> dict[str, Any]:
             installed[name] = "not installed"
     return {"dinoreg": __version__, "python": platform.python_version(), "packages": installed, "platform": platform.platform(),
             "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
-
-
-def peak_memory_mb() -> float:
-    """The most memory that this process has held so far, in MiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 def run_record(run: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
