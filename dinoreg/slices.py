@@ -38,7 +38,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PatchEncoder(Protocol):
-    """A frozen encoder of 2D images."""
+    """A frozen encoder of 2D images, with its provenance for reports."""
+
+    @property
+    def arch(self) -> str:
+        """Name of the architecture."""
+
+    @property
+    def sha256(self) -> str | None:
+        """Hash of its checkpoint file; None if there is none."""
+
+    @property
+    def source(self) -> str:
+        """Where its weights come from, in words."""
 
     @property
     def patch(self) -> int:

@@ -13,6 +13,9 @@ from torch import Tensor
 class PatchMeans:
     """Token = mean colour of its patch (3 channels); keeps every image."""
 
+    arch: str = "patch means"
+    sha256: str | None = None
+    source: str = "no weights"
     patch: int = 14
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     images: list[Tensor] = field(default_factory=list)
