@@ -18,6 +18,7 @@ from dinoreg.errors import ConfigError
 FEATURES = ("dinov2", "mind", "dinov2+mind")
 MODALITIES = ("CT", "CBCT", "MR", "")
 AXES = ("axial", "coronal", "sagittal")
+SOLVERS = ("composed", "published")
 
 
 def _require(ok: bool, what: str) -> None:
@@ -30,14 +31,14 @@ class IntensityConfig:
     """Grey values to [0, 1], per modality: a window in the image's own units, or percentiles where no window is known."""
 
     ct_window: tuple[float, float] = (-1000.0, 500.0)  # HU
-    cbct_window: tuple[float, float] = (-1000.0, 500.0)  # grey values of a CBCT are only roughly HU
+    cbct_window: tuple[float, float] = (-1000.0, 500.0)  # the same: a CBCT is only roughly calibrated
     percentiles: tuple[float, float] = (0.5, 99.5)  # MR and unknown modalities
 
     def __post_init__(self) -> None:
         for name in ("ct_window", "cbct_window", "percentiles"):
             low, high = getattr(self, name)
             _require(math.isfinite(low) and math.isfinite(high) and low < high, f"{name} must be (low, high); got {low}, {high}")
-        _require(0 <= self.percentiles[0] and self.percentiles[1] <= 100, "percentiles lie between 0 and 100")
+        _require(self.percentiles[0] >= 0 and self.percentiles[1] <= 100, "percentiles lie between 0 and 100")
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,22 @@ class MindConfig:
 
 @dataclass(frozen=True)
 class DiscreteConfig:
-    """The discrete stage. Its lattices are counted in cells along the longest side, so that its cost and its reach relative to
-    the field of view are the same for a hippocampus and for a thorax."""
+    """The discrete stage, coarse to fine. Lattices are counted in cells along the longest side of the field of view, so that cost
+    and relative reach are the same for a hippocampus and for a thorax; they never get finer than the voxels.
 
-    long_side_cells: int = 48  # of the lattice on which features are compared: a 336 mm field of view gives 7 mm cells
-    pool: int = 2  # cells of that lattice a cell of the field, along an axis
-    half_width: int = 6  # cells: the reach is 1/8 of the longest side
+    A level is (cells along the longest side of the lattice on which features are compared, how many of these make a cell of the
+    field along an axis, largest displacement in cells).
+    """
+
+    levels: tuple[tuple[int, int, int], ...] = ((48, 2, 6), (96, 3, 4))  # the first one reaches 1/8 of the longest side
     consistency_iterations: int = 15
 
     def __post_init__(self) -> None:
-        _require(8 <= self.long_side_cells <= 128, f"discrete.long_side_cells must be 8..128; got {self.long_side_cells}")
-        _require(1 <= self.pool <= 8 and 1 <= self.half_width <= 12, "discrete.pool must be 1..8, discrete.half_width 1..12")
+        object.__setattr__(self, "levels", tuple((int(cells), int(pool), int(reach)) for cells, pool, reach in self.levels))
+        _require(len(self.levels) > 0, "discrete.levels must hold at least one level")
+        for cells, pool, reach in self.levels:
+            _require(8 <= cells <= 128 and 1 <= pool <= 8 and 1 <= reach <= 12,
+                     f"discrete.levels: cells must be 8..128, pool 1..8, reach 1..12; got {(cells, pool, reach)}")
         _require(0 <= self.consistency_iterations <= 100, "discrete.consistency_iterations must be 0..100")
 
 
@@ -101,7 +107,7 @@ class DiscreteConfig:
 class RefineConfig:
     """The continuous stage."""
 
-    levels: tuple[tuple[float, int], ...] = ((4, 100), (2, 100), (1, 50))  # (cell in the smallest voxel spacing, iterations)
+    levels: tuple[tuple[float, int], ...] = ((2, 60), (1, 40))  # (cell in the smallest voxel spacing, iterations)
     lncc: float = 0.0  # weight of the local cross-correlation of intensities: where modalities match
     features: float = 1.0  # weight of the squared feature difference: where they do not
     window: int = 7  # cells, width of the local cross-correlation's window
@@ -112,11 +118,65 @@ class RefineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple((float(cell), int(iterations)) for cell, iterations in self.levels))
-        _require(all(cell >= 0.5 and iterations >= 0 for cell, iterations in self.levels), "refine.levels: cell >= 0.5, iterations >= 0")
-        _require(self.lncc >= 0 and self.features >= 0 and self.lncc + self.features > 0, "refine needs a data term with a positive weight")
+        _require(all(cell >= 0.5 and iterations >= 0 for cell, iterations in self.levels),
+                 f"refine.levels: cells must be at least 0.5, iterations at least 0; got {self.levels}")
+        _require(self.lncc >= 0 and self.features >= 0 and self.lncc + self.features > 0,
+                 "refine.lncc and refine.features must not be negative, and one of them positive")
         _require(self.window >= 3 and self.window % 2 == 1, f"refine.window must be odd and at least 3; got {self.window}")
         _require(0 < self.rate <= 1, f"refine.rate must lie in (0, 1]: longer steps may fold; got {self.rate}")
-        _require(self.regularity >= 0 and self.step_sigma >= 0 and self.damping > 0, "refine: regularity and step_sigma >= 0, damping > 0")
+        _require(self.regularity >= 0 and self.step_sigma >= 0 and self.damping > 0,
+                 "refine.regularity and refine.step_sigma must not be negative, refine.damping positive")
+
+
+@dataclass(frozen=True)
+class PublishedConfig:
+    """The solver "published" (``dinoreg.published``), in voxels whatever the spacing; for it, ``discrete`` and ``refine`` do not
+    count. Defaults are the released numbers."""
+
+    pool: int = 6  # voxels a cell of the discrete stage, along an axis
+    half_width: int = 4  # cells: +-24 voxels
+    consistency_iterations: int = 15
+    iterations: int = 1000  # of Adam, at the voxels
+    rate: float = 3.0  # voxels a step
+    boxes: int = 5  # passes of a moving average over the field in every iteration,
+    box_width: int = 7  # of so many voxels: a Gaussian of sigma 4.5
+    regularity: float = 2.0  # weight of the diffusion energy
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.pool <= 16 and 1 <= self.half_width <= 8, "published.pool must be 1..16, published.half_width 1..8")
+        _require(0 <= self.consistency_iterations <= 100, "published.consistency_iterations must be 0..100")
+        _require(self.iterations >= 0 and self.rate > 0, "published.iterations >= 0, published.rate > 0")
+        _require(self.boxes >= 0 and self.box_width % 2 == 1, "published.boxes >= 0, published.box_width odd")
+        _require(self.regularity >= 0, f"published.regularity must not be negative; got {self.regularity}")
+
+
+@dataclass(frozen=True)
+class QuirksConfig:
+    """What the released code does besides its method, by accident or by haste. For the solver "published" alone."""
+
+    # from images to tokens
+    all_voxel_percentiles: bool = False  # MR: the 97th percentile is that of all voxels, so it falls with the background's share
+    slice_masks: bool = False  # the body is found plane by plane along the third array axis; whole patches inside it count
+    token_grid: tuple[int, int] | None = None  # planes of the third array axis, stretched to so many rows x columns of tokens,
+    # whatever their aspect, spacing and orientation; None: ``encoder`` decides
+    gap_slices: int = 0  # planes between encoded ones, whatever their spacing; 0: ``encoder.gap_mm`` decides
+    shifted_last_gap: bool = False  # between the last two encoded slices features lie one slice too far, the last slice's as well
+    # from tokens to features
+    randomised_pca: bool = False  # a randomised sketch: components of little variance are a matter of chance (here seeded)
+    raw_scale: bool = False  # features as they come: coupling and regularity weigh differently for each encoder and pair
+    zero_fill: bool = False  # where an image shows nothing its features are zero: the edge of the view looks like anatomy
+    # solver
+    truncated_pooling: bool = False  # the remainder of a size by ``published.pool`` is cut off, and the field stretched over it
+    untied_start: bool = False  # cells without evidence start at the first candidate, the far corner of the search
+    zero_border: bool = False  # fields and features are zero beyond the volume: displacements fade within 15 voxels of the border
+    short_displacement: bool = False  # displacements are sampled n / (n - 1) too long, so they are found (n - 1) / n too short
+    folds_kept: bool = False  # folds stay in the field
+
+    def __post_init__(self) -> None:
+        grid = self.token_grid
+        _require(grid is None or (len(grid) == 2 and all(isinstance(n, int) and 4 <= n <= 256 for n in grid)),
+                 f"quirks.token_grid must be two numbers of 4..256, or None; got {grid}")
+        _require(self.gap_slices >= 0, f"quirks.gap_slices must not be negative; got {self.gap_slices}")
 
 
 @dataclass(frozen=True)
@@ -126,17 +186,23 @@ class Config:
     preset: str = "generic"
     modalities: tuple[str, str] = ("", "")  # of fixed and moving image, taken where the input does not say
     features: str = "dinov2+mind"
-    intensity: IntensityConfig = field(default_factory=IntensityConfig)
+    intensity: IntensityConfig = field(default_factory=IntensityConfig)  # for MIND and LNCC
+    encoder_intensity: IntensityConfig = field(default_factory=IntensityConfig)  # what the encoder sees
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     pca: PcaConfig = field(default_factory=PcaConfig)
     mind: MindConfig = field(default_factory=MindConfig)
     discrete: DiscreteConfig = field(default_factory=DiscreteConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
+    solver: str = "composed"  # or "published", for comparisons
+    published: PublishedConfig = field(default_factory=PublishedConfig)
+    quirks: QuirksConfig = field(default_factory=QuirksConfig)
 
     def __post_init__(self) -> None:
         _require(self.features in FEATURES, f"features must be one of {', '.join(FEATURES)}; got {self.features!r}")
         _require(len(self.modalities) == 2 and all(m in MODALITIES for m in self.modalities),
                  f"modalities must be two of {MODALITIES}; got {self.modalities}")
+        _require(self.solver in SOLVERS, f"solver must be one of {', '.join(SOLVERS)}; got {self.solver!r}")
+        _require(self.solver == "published" or self.quirks == QuirksConfig(), "quirks are those of the solver 'published' alone")
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for reports; ``from_dict`` gives it back."""
@@ -191,9 +257,24 @@ PRESETS: dict[str, Config] = {
     config.preset: config
     for config in (
         Config("generic"),
-        Config("thorax-cbct", modalities=("CBCT", "CT"), refine=RefineConfig(lncc=1.0, features=0.0, regularity=2.0)),
-        Config("abdomen-mrct", modalities=("MR", "CT"), intensity=IntensityConfig(ct_window=(-150.0, 250.0))),
-        Config("brain-mr", modalities=("MR", "MR"), refine=RefineConfig(lncc=1.0, features=0.0, regularity=0.5)),
+        # The window of the encoder is the published one; refinement on intensities, which CT and CBCT share but for scatter.
+        Config("thorax-cbct", modalities=("CBCT", "CT"), encoder_intensity=IntensityConfig((-1350.0, 150.0), (-1350.0, 150.0)),
+               discrete=DiscreteConfig(levels=((48, 2, 6),)),
+               refine=RefineConfig(levels=((4, 60), (2, 60), (1, 30)), lncc=1.0, features=0.0, regularity=2.0)),
+        # MIND needs no window and loses by a narrow one; the encoder sees soft tissue, as published.
+        Config("abdomen-mrct", modalities=("MR", "CT"), intensity=IntensityConfig(ct_window=(-1000.0, 1000.0)),
+               encoder_intensity=IntensityConfig(ct_window=(-150.0, 250.0), percentiles=(0.0, 97.0))),
+        # Local cross-correlation sees any locally linear relation, an inverted contrast (T1 to T2) too.
+        Config("brain-mr", modalities=("MR", "MR"), discrete=DiscreteConfig(levels=((48, 2, 6),)),
+               refine=RefineConfig(levels=((4, 60), (2, 60), (1, 40)), lncc=1.0, features=0.0)),
+        # The released AbdomenMRCT script, made for 192 x 160 x 192 voxels of 2 mm: for comparisons, never chosen by itself.
+        Config("published", modalities=("MR", "CT"), features="dinov2", solver="published",
+               encoder_intensity=IntensityConfig((-150.0, 250.0), (-1350.0, 150.0), (0.0, 97.0)),
+               encoder=EncoderConfig(arch="vitl14_reg4", long_side_tokens=112, crop=False), pca=PcaConfig(center=False),
+               quirks=QuirksConfig(all_voxel_percentiles=True, slice_masks=True, token_grid=(112, 96), gap_slices=3,
+                                   shifted_last_gap=True, randomised_pca=True, raw_scale=True, zero_fill=True,
+                                   truncated_pooling=True, untied_start=True, zero_border=True, short_displacement=True,
+                                   folds_kept=True)),
     )
 }
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dinoreg.grid import Shape, apply_axes, area_matrix, box_matrix, resize, shape3, warp
+from dinoreg.grid import Shape, apply_axes, area_matrix, box_matrix, shape3, warp
 
 COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # published schedule, for a cost of order 1 and distances in coarse cells
 UNKNOWN = 0.1  # share of a cell that counts as compared with unrelated tissue (cost 1): decides where little overlaps
@@ -31,9 +31,10 @@ class FeatureVolume:
     features: Tensor
     weight: Tensor
 
-    def at(self, shape: Shape) -> FeatureVolume:
-        """The same on another lattice over the same extent."""
-        return FeatureVolume(resize(self.features, shape), resize(self.weight, shape))
+    def warp(self, disp: Tensor) -> FeatureVolume:
+        """The same, pulled back by a field (3, i, j, k) of its lattice."""
+        warped = warp(torch.cat([self.features, self.weight[None]]), disp)
+        return FeatureVolume(warped[:-1], warped[-1])
 
 
 def candidates(half_width: int) -> Tensor:

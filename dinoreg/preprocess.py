@@ -15,13 +15,14 @@ BoolArray = npt.NDArray[np.bool_]
 CUBE = np.ones((3, 3, 3), dtype=bool)
 
 
-def to_unit_range(array: FloatArray, modality: str, config: IntensityConfig) -> FloatArray:
+def to_unit_range(array: FloatArray, modality: str, config: IntensityConfig, background: bool = False) -> FloatArray:
     """Clip grey values to the modality's window and scale them to [0, 1].
 
     Args:
         array: (i, j, k), finite; NaN where the image has no value (these become 0).
         modality: "CT", "CBCT", "MR" or "" (unknown). CT windows are only used where the values can be HU: some below -200.
         config: windows and percentiles. Percentiles are taken over the voxels above the smallest value.
+        background: take percentiles over all voxels instead (the published way).
 
     Raises:
         InputError: the image has no contrast.
@@ -31,12 +32,12 @@ def to_unit_range(array: FloatArray, modality: str, config: IntensityConfig) -> 
     if window is None or not known.size or known.min() > -200:
         inside = known[known > known.min()] if known.size else known
         if inside.size == 0:
-            raise InputError("the image has the same value everywhere (on the fixed image's grid): nothing can be registered to it")
-        low, high = np.percentile(inside, config.percentiles)
+            raise InputError("the image has one value everywhere (on the fixed image's grid): nothing can be registered to it")
+        low, high = np.percentile(known if background else inside, config.percentiles)
         low = min(low, float(known.min())) if config.percentiles[0] == 0 else low
         window = (float(low), float(max(high, np.nextafter(np.float32(low), np.float32(np.inf)))))
     unit = (np.nan_to_num(array, nan=window[0]) - window[0]) / (window[1] - window[0])
-    return np.clip(unit, 0, 1).astype(np.float32)
+    return np.asarray(np.clip(unit, 0, 1), dtype=np.float32)
 
 
 def valid_region(array: FloatArray, margin: int = 2) -> BoolArray:

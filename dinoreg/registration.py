@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from dinoreg import published
 from dinoreg.config import Config
 from dinoreg.convex import discrete
 from dinoreg.dino import pair_features
 from dinoreg.errors import ConfigError, InputError, RegistrationError
 from dinoreg.features import PairFeatures
-from dinoreg.grid import Shape, identity, lattice_shape, resize_disp, shape3, unfold
+from dinoreg.grid import Shape, compose, identity, lattice_shape, resize_disp, shape3, unfold
 from dinoreg.preprocess import body_mask, on_grid, to_unit_range, valid_region
+from dinoreg.published_features import encode_pair, slice_masks, voxel_features
 from dinoreg.refine import LNCC, FeatureSSD, Similarity, Sum, refine
 from dinoreg.slices import PatchEncoder, volume_tokens
 from dinoreg.stages import stage
@@ -138,39 +140,40 @@ class Registrar:
             info["encoder_sha256"] = getattr(self.encoder, "sha256", None)
         with stage("prepare", stages):
             kinds = [given or own for given, own in zip(modalities, self.config.modalities, strict=True)]
-            pair, bodies = self._prepare(fixed, moving, fixed_mask, moving_mask, kinds)
+            pair, shown, bodies = self._prepare(fixed, moving, fixed_mask, moving_mask, kinds)
         if "dinov2" in self.config.features:
             with stage("encode", stages):
-                pair = self._encode(pair, bodies, fixed.affine)
+                pair = self._encode(pair, shown, bodies, fixed.affine)
         with stage("discrete", stages):
             disp, saturated = self._discrete(pair, fixed.spacing)
             info["saturated"] = saturated
             if saturated > SATURATED:
-                warnings.append(f"the motion reaches the edge of the search range in {100 * saturated:.0f} % of the volume: look at "
-                                "the picture, and align the images first if they are far apart")
+                warnings.append(f"the motion reaches the edge of the search range in {100 * saturated:.0f} % of the volume: look "
+                                "at the picture, and align the images first if they are far apart")
         with stage("refine", stages):
             disp, info["levels"] = self._refine(pair, disp, fixed.spacing)
         with stage("finish", stages):
             disp = resize_disp(disp, fixed.shape)
-            disp, repaired = unfold(disp)
-            info["repaired_voxels"] = repaired
+            if not self.config.quirks.folds_kept:
+                disp, info["repaired_voxels"] = unfold(disp)
             result = disp.float().cpu().numpy()
         if not np.isfinite(result).all():
             raise RegistrationError("the field holds values that are not finite; please report this with the images' headers")
         return Registration(result, fixed.affine, stages, warnings, info)
 
     def _prepare(self, fixed: Volume, moving: Volume, fixed_mask: Volume | None, moving_mask: Volume | None,
-                 kinds: Sequence[str]) -> tuple[PairFeatures, tuple[Tensor, Tensor]]:
-        """Both images on the fixed grid, scaled, with their regions; and the body masks."""
-        images, regions, bodies = [], [], []
+                 kinds: Sequence[str]) -> tuple[PairFeatures, list[Tensor], list[Tensor]]:
+        """Both images on the fixed grid, scaled, with their regions; what the encoder sees of them; and the body masks."""
+        images, shown, regions, bodies = [], [], [], []
         for name, image, mask, kind in (("fixed", fixed, fixed_mask, kinds[0]), ("moving", moving, moving_mask, kinds[1])):
             if not np.isfinite(image.array).all():
                 raise InputError(f"the {name} image holds NaN or infinite values: replace them, or mask them out and fill them")
             array = np.asarray(on_grid(image, fixed), dtype=np.float32)
             if not np.isfinite(array).any():
-                raise InputError("by their headers the two images have no voxel in common: correct the headers, or align them first")
+                raise InputError("by their headers the images have no voxel in common: correct the headers, or align them first")
             try:
-                unit = to_unit_range(array, kind, self.config.intensity)
+                unit, seen = (to_unit_range(array, kind, windows, self.config.quirks.all_voxel_percentiles)
+                              for windows in (self.config.intensity, self.config.encoder_intensity))
             except InputError as error:
                 raise InputError(f"{name} image: {error}") from error
             valid = valid_region(array)
@@ -179,31 +182,50 @@ class Registrar:
                 if not valid.any():
                     raise InputError(f"the {name} mask leaves nothing of the {name} image: correct it, or leave it out")
             images.append(unit)
+            shown.append(torch.from_numpy(seen))
             regions.append(valid)
-            bodies.append(body_mask(unit, valid) if "dinov2" in self.config.features else valid)
+            if "dinov2" not in self.config.features:
+                bodies.append(valid)
+            else:
+                bodies.append(slice_masks(unit, kind) if self.config.quirks.slice_masks else body_mask(unit, valid))
         tensors = [torch.from_numpy(x).to(self.device) for x in (*images, *(r.astype(np.float32) for r in regions))]
         mind = self.config.mind if "mind" in self.config.features else None
         pair = PairFeatures(tensors[0], tensors[1], tensors[2], tensors[3], None, mind)
-        return pair, (torch.from_numpy(bodies[0]), torch.from_numpy(bodies[1]))
+        return pair, shown, [torch.from_numpy(body) for body in bodies]
 
-    def _encode(self, pair: PairFeatures, bodies: tuple[Tensor, Tensor], affine: npt.NDArray[np.float64]) -> PairFeatures:
+    def _encode(self, pair: PairFeatures, shown: list[Tensor], bodies: list[Tensor],
+                affine: npt.NDArray[np.float64]) -> PairFeatures:
         assert self.encoder is not None  # the constructor loads it
+        if self.config.solver == "published":
+            projected = encode_pair((shown[0], shown[1]), (bodies[0], bodies[1]), affine, self.encoder, self.config, self.device)
+            return replace(pair, dino=projected)
         window = bodies[0] | bodies[1]
         fixed, moving = (volume_tokens(image, body, affine, self.encoder, self.config.encoder, window=window)
-                         for image, body in ((pair.fixed, bodies[0]), (pair.moving, bodies[1])))
-        return PairFeatures(pair.fixed, pair.moving, pair.fixed_valid, pair.moving_valid,
-                            pair_features(fixed, moving, self.config.pca, self.device), pair.mind)
+                         for image, body in zip(shown, bodies, strict=True))
+        return replace(pair, dino=pair_features(fixed, moving, self.config.pca, self.device))
 
     def _discrete(self, pair: PairFeatures, spacing: Sequence[float]) -> tuple[Tensor, float]:
-        """The field on the coarse lattice, and the share of it that reaches the edge of the search."""
+        """The field on the last level's coarse lattice, and the share of the first one's that reaches the edge of the search."""
         config, shape = self.config.discrete, shape3(pair.fixed)
-        cell = max(n * s for n, s in zip(shape, spacing, strict=True)) / config.long_side_cells
-        fine = lattice_shape(shape, spacing, cell)
-        coarse = lattice_shape(fine, (1.0, 1.0, 1.0), config.pool)
-        return discrete(*pair.on(fine), config.half_width, coarse, config.consistency_iterations)
+        disp, saturated = pair.fixed.new_zeros((3, 1, 1, 1)), []
+        for cells, pool, reach in config.levels:
+            cell = max(n * s for n, s in zip(shape, spacing, strict=True)) / cells
+            fine = lattice_shape(shape, spacing, cell)
+            coarse = lattice_shape(fine, (1.0, 1.0, 1.0), pool)
+            fixed, moving = pair.on(fine)
+            moving = moving.warp(resize_disp(disp, fine))
+            step, share = discrete(fixed, moving, reach, coarse, config.consistency_iterations)
+            disp = compose(resize_disp(disp, coarse), step)
+            saturated.append(share)
+        return disp, saturated[0]
 
     def _refine(self, pair: PairFeatures, disp: Tensor, spacing: Sequence[float]) -> tuple[Tensor, list[dict[str, Any]]]:
         """The field on the finest lattice, and what happened on each."""
+        if self.config.solver == "published":
+            features = voxel_features(pair, self.config.quirks)
+            disp, losses = published.refine(*features, disp, self.config.published, self.config.quirks)
+            return disp, [{"lattice": list(shape3(disp)), "iterations": len(losses), "loss_first": losses[0] if losses else None,
+                           "loss_last": losses[-1] if losses else None}]
         config, shape, history = self.config.refine, shape3(pair.fixed), []
         for factor, iterations in config.levels:
             lattice = lattice_shape(shape, spacing, factor * min(spacing))
