@@ -2,7 +2,8 @@
 
 Two contracts, told apart by what lies in the input folder:
 
-- a Learn2Reg data set (``<Task>_dataset.json``): ``disp_*.nii.gz`` a pair, the warped images under ``warped/``;
+- a Learn2Reg data set (``<Task>_dataset.json``): ``disp_*.nii.gz`` a pair, the warped images under ``warped/``, pictures under
+  ``qc/``;
 - a single pair of grand-challenge.org (``inputs.json`` or ``images/fixed``): one field in ``images/displacement-field/``.
 
 ``report.json`` comes last: its presence means that the run came to its end. A pair that fails does not stop the others; the exit
@@ -34,7 +35,7 @@ from dinoreg.grandchallenge import parse_sockets
 from dinoreg.io import check_writable, write_json
 from dinoreg.jobs import Case, Images, Job, find_job, load_case, write_case
 from dinoreg.registration import Registrar, Registration
-from dinoreg.report import failure_record, field_metrics, file_record, one_line, run_record
+from dinoreg.report import failure_record, field_metrics, file_record, one_line, run_record, summary_line
 from dinoreg.stages import stage
 
 log = logging.getLogger("dinoreg.process")
@@ -117,13 +118,26 @@ class DinoReg(Algorithm):
             log.warning("%s: %s", case.name, warning)
         registration = self.predict(input_image=(case, images))
         stages |= registration.stages
+        warnings = [*images.warnings, *registration.warnings]
         with stage("write", stages):
-            files = write_case(case, self._output_path, images, registration, vector_field=self.options.vector_field)
-            outputs = [file_record(path, self._output_path) for path in files]
+            warped = registration.warp(images.moving) if case.warped else None
+            files = write_case(case, self._output_path, images, registration.disp, warped, vector_field=self.options.vector_field)
         with stage("metrics", stages):
             field = field_metrics(registration.disp, images.fixed.spacing)
+        if case.picture and warped:
+            try:
+                with stage("picture", stages):
+                    from dinoreg.qc import write_qc  # here, for matplotlib takes its time to load
+
+                    write_qc(self._output_path / case.picture, images.fixed, images.moving, warped, registration.disp,
+                             title=f"{case.name}, preset {self.preset}", summary=summary_line(field, len(warnings)))
+                files.append(self._output_path / case.picture)
+            except Exception as error:  # the field is there and good: a picture less is no failure
+                warnings.append(f"{case.picture} could not be drawn ({one_line(str(error))})")
+                log.warning("%s: %s", case.name, warnings[-1])
+        outputs = [file_record(path, self._output_path) for path in files]
         return {"inputs": inputs, "outputs": outputs, "stages": stages, "field": field, "info": registration.info,
-                "warnings": [*images.warnings, *registration.warnings]}
+                "warnings": warnings}
 
     def predict(self, *, input_image: tuple[Case, Images]) -> Registration:
         case, images = input_image
@@ -174,6 +188,7 @@ def set_up_logging(path: Path | None) -> None:
             raise OutputError(f"{path}: expected a log file that can be written; got: {error.strerror}; name another") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers, force=True)
     logging.captureWarnings(True)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its caches are its own business
 
 
 def main(arguments: Sequence[str] | None = None, registrar_factory: Callable[..., Registrar] = Registrar) -> int:

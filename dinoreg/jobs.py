@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from dinoreg.errors import ConfigError, InputError
 from dinoreg.grandchallenge import find_single_pair
@@ -14,8 +16,7 @@ from dinoreg.learn2reg import disp_filename, find_dataset, load_dataset, short_d
 from dinoreg.validate import check_mask, check_pair, check_volume, raise_errors
 from dinoreg.volume import Volume
 
-if TYPE_CHECKING:
-    from dinoreg.registration import Registration
+Disp = npt.NDArray[np.float32]
 
 MODES = ("auto", "learn2reg", "single")
 
@@ -29,7 +30,8 @@ class Case:
         fixed, moving, fixed_mask, moving_mask: the files; masks where there are any.
         modalities: of the fixed and the moving image; "" where unknown.
         fields: names of the displacement field relative to the output folder; the same bytes under each.
-        warped: name of the warped moving image relative to the output folder; None where the contract has no place for it.
+        warped, picture: names of the warped moving image and of the quality picture relative to the output folder; None where the
+            contract has no place for them.
         same_grid: the contract counts displacements from voxel to voxel of two arrays of one shape, whatever their headers say.
         problem: why the case cannot be done; None if nothing is known against it.
     """
@@ -42,6 +44,7 @@ class Case:
     modalities: tuple[str, str]
     fields: tuple[str, ...]
     warped: str | None
+    picture: str | None
     same_grid: bool
     problem: str | None = None
 
@@ -112,13 +115,14 @@ def find_job(input_dir: Path, mode: str, split: str, sockets: Mapping[str, str])
         files = find_single_pair(input_dir, sockets)
         slug = sockets["displacement-field"]
         case = Case("single", files.fixed, files.moving, files.fixed_mask, files.moving_mask, modalities=("", ""),
-                    fields=(f"images/{slug}/{slug}.mha",), warped=None, same_grid=False)
+                    fields=(f"images/{slug}/{slug}.mha",), warped=None, picture=None, same_grid=False)
         return Job(contract, dataset="", split="", cases=(case,))
     dataset = load_dataset(input_dir)
     cases = tuple(Case(pair.name, pair.fixed, pair.moving, fixed_mask=pair.companion(pair.fixed, "masks"),
                        moving_mask=pair.companion(pair.moving, "masks"), modalities=pair.modalities,
                        fields=tuple(filter(None, (disp_filename(pair), short_disp_filename(pair)))),
-                       warped=f"warped/warped_{pair.name}.nii.gz", same_grid=True, problem=pair.problem)
+                       warped=f"warped/warped_{pair.name}.nii.gz", picture=f"qc/{pair.name}.png", same_grid=True,
+                       problem=pair.problem)
                   for pair in dataset.pairs(split))
     return Job(contract, dataset.name, dataset.split(split), cases)
 
@@ -157,12 +161,15 @@ def load_case(case: Case) -> Images:
     return Images(volumes["fixed"], volumes["moving"], volumes.get("fixed_mask"), volumes.get("moving_mask"), tuple(warnings))
 
 
-def write_case(case: Case, output_dir: Path, images: Images, registration: Registration, *, vector_field: bool) -> list[Path]:
+def write_case(case: Case, output_dir: Path, images: Images, disp: Disp, warped: Volume | None, *,
+               vector_field: bool) -> list[Path]:
     """Write the results of a case; the field under its full name comes last: where it is, the case is complete.
 
     Args:
-        case, images, registration: what was asked for, read and found.
+        case, images: what was asked for and read.
         output_dir: the output folder.
+        disp: (3, i, j, k) float32, voxels of the fixed grid.
+        warped: the moving image on the fixed grid; None where the contract has no place for it.
         vector_field: for a MetaImage, see :func:`dinoreg.io.write_disp_mha`.
 
     Returns:
@@ -173,14 +180,14 @@ def write_case(case: Case, output_dir: Path, images: Images, registration: Regis
         RegistrationError: if the field holds values that are not finite.
     """
     written = []
-    if case.warped is not None:
+    if case.warped is not None and warped is not None:
         written.append(output_dir / case.warped)
-        write_volume(written[-1], registration.warp(images.moving))
+        write_volume(written[-1], warped)
     field, *copies = (output_dir / name for name in reversed(case.fields))
     if image_suffix(field) == ".mha":
-        write_disp_mha(field, registration.disp, images.fixed.affine, vector=vector_field)
+        write_disp_mha(field, disp, images.fixed.affine, vector=vector_field)
     else:
-        write_disp_nifti(field, registration.disp, images.fixed.affine)
+        write_disp_nifti(field, disp, images.fixed.affine)
     for copy in copies:
         copy_file(field, copy)
     return [*written, field, *copies]

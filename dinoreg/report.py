@@ -18,7 +18,7 @@ from dinoreg import __version__, metrics
 from dinoreg.errors import DinoRegError, InputError
 from dinoreg.stages import peak_memory_mb
 
-PACKAGES = ("torch", "numpy", "scipy", "nibabel", "SimpleITK", "safetensors", "evalutils")
+PACKAGES = ("torch", "numpy", "scipy", "nibabel", "SimpleITK", "safetensors", "matplotlib", "evalutils")
 
 
 def file_record(path: Path, root: Path) -> dict[str, Any]:
@@ -64,6 +64,14 @@ def field_metrics(disp: npt.NDArray[np.float32], spacing: Sequence[float]) -> di
         "displacement_max_mm": float(distance.max()),
     }
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
+
+
+def summary_line(field: Mapping[str, float | None], warnings: int) -> str:
+    """What :func:`field_metrics` found, and the number of warnings, in one line for people."""
+    texts = {"displacement_mean_mm": "mean displacement {:.1f} mm", "displacement_max_mm": "largest {:.1f} mm",
+             "folds_percent": "folds {:.3f} %", "sdlogj": "SDlogJ {:.3f}"}
+    parts = [text.format(value) for name, text in texts.items() if (value := field[name]) is not None]
+    return f"whole field: {', '.join(parts)}; {warnings or 'no'} warning{'' if warnings == 1 else 's'}"
 
 
 def failure_record(error: BaseException) -> dict[str, Any]:

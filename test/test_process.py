@@ -24,9 +24,10 @@ import torch
 from scipy import ndimage
 
 import process
+from dinoreg import qc
 from dinoreg.config import Config, DiscreteConfig, RefineConfig
 from dinoreg.errors import RegistrationError, WeightsError
-from dinoreg.io import write_volume
+from dinoreg.io import write_text, write_volume
 from dinoreg.registration import Registrar
 from dinoreg.volume import Volume
 
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 AFFINE = np.array([[-2.0, 0, 0, 30], [0, -2.0, 0, 40], [0, 0, 3.0, -50], [0, 0, 0, 1]])  # LPS
 SHAPE = (10, 12, 8)
 SHIFT = np.array([1.0, -2.0, 1.5], dtype=np.float32)
+DRAW = qc.write_qc
 
 
 @dataclasses.dataclass
@@ -72,6 +74,7 @@ class StubRegistrar:
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith(("DINOREG_", "ONCOREG_"))]:
         monkeypatch.delenv(name)
+    monkeypatch.setattr(qc, "write_qc", lambda path, *_, title, summary: write_text(path, f"{title}\n{summary}"))  # a second less
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -128,7 +131,8 @@ def _report(output: Path) -> dict[str, Any]:
 def test_learn2reg_folder_gives_a_field_a_pair_and_the_report(tmp_path: Path) -> None:
     registrar = StubRegistrar()
     assert _run(_dataset(tmp_path / "in", 2), tmp_path / "out", registrar=registrar) == 0
-    assert _files(tmp_path / "out") == ["disp_0001_0001_0001_0000.nii.gz", "disp_0002_0001_0002_0000.nii.gz", "report.json",
+    assert _files(tmp_path / "out") == ["disp_0001_0001_0001_0000.nii.gz", "disp_0002_0001_0002_0000.nii.gz",
+                                        "qc/0001_0001_0001_0000.png", "qc/0002_0001_0002_0000.png", "report.json",
                                         "warped/warped_0001_0001_0001_0000.nii.gz", "warped/warped_0002_0001_0002_0000.nii.gz"]
     image = nib.load(tmp_path / "out" / "disp_0001_0001_0001_0000.nii.gz")
     assert image.shape == (*SHAPE, 3) and image.get_data_dtype() == np.float32
@@ -225,10 +229,35 @@ def test_report_says_what_is_needed_to_repeat_and_to_judge_a_run(tmp_path: Path)
     for group, folder in (("inputs", tmp_path / "in"), ("outputs", tmp_path / "out")):
         for record in pair[group].values() if group == "inputs" else pair[group]:
             assert hashlib.sha256((folder / record["file"]).read_bytes()).hexdigest() == record["sha256"]
-    assert list(pair["stages"]) == ["read", "solve", "write", "metrics"]
+    assert list(pair["stages"]) == ["read", "solve", "write", "metrics", "picture"]
     # a constant shift of (1, -2, 1.5) voxels at 2, 2 and 3 mm: sqrt(4 + 16 + 20.25) mm everywhere, no change of volume
     assert pair["field"]["displacement_mean_mm"] == pytest.approx(40.25**0.5, abs=1e-5)
     assert pair["field"]["folds_percent"] == 0 and pair["field"]["sdlogj"] == 0 and pair["field"]["jacobian_min"] == 1
+
+
+def test_picture_carries_pair_preset_and_what_is_known_of_the_field(tmp_path: Path) -> None:
+    assert _run(_dataset(tmp_path / "in"), tmp_path / "out") == 0
+    title, summary = (tmp_path / "out/qc/0001_0001_0001_0000.png").read_text().splitlines()
+    assert title == "0001_0001_0001_0000, preset thorax-cbct"
+    # the shift of the report's test: 6.34 mm everywhere
+    assert summary == "whole field: mean displacement 6.3 mm, largest 6.3 mm, folds 0.000 %, SDlogJ 0.000; no warnings"
+
+
+def test_picture_that_cannot_be_drawn_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("no fonts")
+
+    monkeypatch.setattr(qc, "write_qc", fail)
+    assert _run(_dataset(tmp_path / "in"), tmp_path / "out") == 0
+    (pair,) = _report(tmp_path / "out")["pairs"]
+    assert pair["warnings"] == ["qc/0001_0001_0001_0000.png could not be drawn (no fonts)"]
+    assert [record["file"] for record in pair["outputs"]] == ["warped/warped_0001_0001_0001_0000.nii.gz",
+                                                              "disp_0001_0001_0001_0000.nii.gz"]
+
+
+def test_drawing_is_loaded_when_it_is_needed() -> None:
+    code = "import sys, process; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
 def test_report_of_an_earlier_run_is_removed_before_work_starts(tmp_path: Path) -> None:
@@ -382,7 +411,7 @@ def _moved_pairs(folder: Path, affine: np.ndarray, shift: tuple[int, int, int] =
 
 def _quick(config: Config, **options: Any) -> Registrar:
     """The engine with a coarser search and fewer iterations: enough for a whole image that moves as one."""
-    search = DiscreteConfig(long_side_cells=14, pool=1, half_width=3)
+    search = DiscreteConfig(levels=((14, 1, 3),))
     return Registrar(dataclasses.replace(config, discrete=search, refine=RefineConfig(levels=((2, 20), (1, 20)))), **options)
 
 
@@ -406,12 +435,13 @@ def test_known_shift_comes_back_in_the_scorers_convention(tmp_path: Path, header
     assert after > 0.98 > before
 
 
-def test_second_run_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_second_run_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qc, "write_qc", DRAW)
     source = _moved_pairs(tmp_path / "in", AFFINE)
     for out in ("a", "b"):
         assert process.main(["--input", str(source), "--output", str(tmp_path / out), *ENGINE]) == 0
     names = [name for name in _files(tmp_path / "a") if name != "report.json"]
-    assert len(names) == 2
+    assert len(names) == 3
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -431,11 +461,11 @@ def test_sigterm_ends_the_run_within_seconds_and_keeps_whole_files(tmp_path: Pat
             running.kill()
     assert running.returncode == 143, errors
     assert errors.splitlines()[-1] == "dinoreg: ended by SIGTERM; finished pairs are kept"
-    finished = [name for name in _files(output) if not name.startswith("warped/")]
+    finished = [name for name in _files(output) if not name.startswith(("warped/", "qc/"))]
     assert finished and "report.json" not in finished
     for path in output.rglob("*.nii.gz"):  # whole, every one; and no temporary file besides
         gzip.decompress(path.read_bytes())
-    assert all(path.suffix == ".gz" and not path.name.startswith(".") for path in output.rglob("*") if path.is_file())
+    assert all(path.suffix in (".gz", ".png") and not path.name.startswith(".") for path in output.rglob("*") if path.is_file())
 
 
 # --- the OncoReg scripts ------------------------------------------------------------------------------------------------------

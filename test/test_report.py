@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dinoreg.errors import InputError, OutputError
-from dinoreg.report import environment, failure_record, field_metrics, file_record, run_record
+from dinoreg.report import environment, failure_record, field_metrics, file_record, run_record, summary_line
 
 SHAPE = (8, 9, 10)
 
@@ -38,6 +38,11 @@ def test_value_that_does_not_exist_is_none_and_not_nan() -> None:
     disp = np.zeros((3, 3, 3, 3), np.float32)  # nothing is left of 3^3 once two voxels a side are cropped
     assert field_metrics(disp, (1, 1, 1))["sdlogj_official"] is None
     json.dumps(field_metrics(disp, (1, 1, 1)), allow_nan=False)
+
+
+def test_summary_leaves_out_what_is_not_known_and_counts_warnings() -> None:
+    field = field_metrics(np.ones((3, 3, 3, 3), np.float32), (1, 2, 2)) | {"sdlogj": None}
+    assert summary_line(field, 1) == "whole field: mean displacement 3.0 mm, largest 3.0 mm, folds 0.000 %; 1 warning"
 
 
 def test_failures_carry_their_exit_code_in_one_line() -> None:
