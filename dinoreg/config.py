@@ -48,7 +48,7 @@ class EncoderConfig:
     arch: str = "auto"  # a name of dinoreg.vit.ARCHITECTURES; auto: the largest whose checkpoint is there
     last_layers: int = 1  # output of this many last blocks, concatenated
     imagenet_norm: bool = False  # the published code feeds [0, 1] grey values as they are
-    long_side_tokens: int = 64  # tokens along the longer side of a slice
+    long_side_tokens: int = 37  # along the longer side of a slice; 37 (518 px) is what the checkpoints were trained on
     gap_mm: float = 6.0  # distance of encoded slices
     axis: str = "axial"  # normal of the slices, patient axis
     crop: bool = True  # encode the body's bounding box alone
