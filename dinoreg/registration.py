@@ -187,7 +187,7 @@ class Registrar:
             if "dinov2" not in self.config.features:
                 bodies.append(valid)
             else:
-                bodies.append(slice_masks(unit, kind) if self.config.quirks.slice_masks else body_mask(unit, valid))
+                bodies.append(slice_masks(seen, kind) if self.config.quirks.slice_masks else body_mask(unit, valid))
         tensors = [torch.from_numpy(x).to(self.device) for x in (*images, *(r.astype(np.float32) for r in regions))]
         mind = self.config.mind if "mind" in self.config.features else None
         pair = PairFeatures(tensors[0], tensors[1], tensors[2], tensors[3], None, mind)
@@ -206,6 +206,8 @@ class Registrar:
 
     def _discrete(self, pair: PairFeatures, spacing: Sequence[float]) -> tuple[Tensor, float]:
         """The field on the last level's coarse lattice, and the share of the first one's that reaches the edge of the search."""
+        if self.config.solver == "published":
+            return published.discrete(*voxel_features(pair, self.config.quirks), self.config.published, self.config.quirks)
         config, shape = self.config.discrete, shape3(pair.fixed)
         disp, saturated = pair.fixed.new_zeros((3, 1, 1, 1)), []
         for cells, pool, reach in config.levels:
