@@ -84,7 +84,7 @@ class DinoReg(Algorithm):
         modalities = sorted({text for case in job.cases for text in case.modalities})
         self.preset = auto_preset(job.dataset, modalities) if self.options.preset == "auto" else self.options.preset
         self.config = get_preset(self.preset)
-        log.info("%s, %d pairs%s, preset %s", job.contract, len(job.cases),
+        log.info("%s, %d pair%s%s, preset %s", job.contract, len(job.cases), "" if len(job.cases) == 1 else "s",
                  f" of {job.dataset} ({job.split})" if job.dataset else "", self.preset)
         if self.options.features not in (None, self.config.features):
             self.warnings.append(f"features {self.options.features} in place of the preset's {self.config.features}, as asked")
@@ -130,7 +130,8 @@ class DinoReg(Algorithm):
                     from dinoreg.qc import write_qc  # here, for matplotlib takes its time to load
 
                     write_qc(self._output_path / case.picture, images.fixed, images.moving, warped, registration.disp,
-                             title=f"{case.name}, preset {self.preset}", summary=summary_line(field, len(warnings)))
+                             title=f"{case.name}, preset {self.preset}, features {self.config.features}",
+                             summary=summary_line(field, len(warnings)))
                 files.append(self._output_path / case.picture)
             except Exception as error:  # the field is there and good: a picture less is no failure
                 warnings.append(f"{case.picture} could not be drawn ({one_line(str(error))})")

@@ -11,7 +11,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import process
 from dinoreg import metrics
+from dinoreg.__main__ import main as dinoreg_main
 from dinoreg.evaluate import evaluate_pair, read_points, read_true_disp
 from dinoreg.learn2reg import disp_filename, load_dataset
 
@@ -93,6 +95,21 @@ def test_the_expected_values_are_those_of_the_example(pair, true_disp: np.ndarra
     for metric, limit in expected["after_at_most"].items():
         assert result.after.plain[metric] < limit < result.before.plain[metric] or metric in ("sdlogj", "folds_percent"), metric
     assert result.before.plain["dice"] < expected["after_at_least"]["dice"] < result.after.plain["dice"]
+
+
+@pytest.mark.slow
+def test_the_example_is_registered_within_the_expected_limits(tmp_path: Path) -> None:
+    """As a user runs it, with MIND alone: 25 s of one core."""
+    expected = json.loads((ROOT / "test" / "expected" / "metrics.json").read_text())
+    out = tmp_path / "out"
+    assert process.main(["--input", str(EXAMPLE), "--output", str(out), "--features", "mind", "--device", "cpu"]) == 0
+    assert sorted(path.name for path in out.glob("disp_*")) == expected["fields"]
+    assert (out / "qc" / f"{expected['pair']}.png").stat().st_size > 100_000
+    assert dinoreg_main(["evaluate", str(EXAMPLE), str(out), "--json", str(tmp_path / "scores.json")]) == 0
+    found = json.loads((tmp_path / "scores.json").read_text())["cases"][expected["pair"]]["after"]["plain"]
+    for metric, limit in expected["after_at_most"].items():
+        assert found[metric] <= limit, (metric, found[metric])
+    assert found["dice"] >= expected["after_at_least"]["dice"]
 
 
 def test_the_true_motion_does_not_fold(true_disp: np.ndarray) -> None:

@@ -238,7 +238,7 @@ def test_report_says_what_is_needed_to_repeat_and_to_judge_a_run(tmp_path: Path)
 def test_picture_carries_pair_preset_and_what_is_known_of_the_field(tmp_path: Path) -> None:
     assert _run(_dataset(tmp_path / "in"), tmp_path / "out") == 0
     title, summary = (tmp_path / "out/qc/0001_0001_0001_0000.png").read_text().splitlines()
-    assert title == "0001_0001_0001_0000, preset thorax-cbct"
+    assert title == "0001_0001_0001_0000, preset thorax-cbct, features dinov2+mind"
     # the shift of the report's test: 6.34 mm everywhere
     assert summary == "whole field: mean displacement 6.3 mm, largest 6.3 mm, folds 0.000 %, SDlogJ 0.000; no warnings"
 
