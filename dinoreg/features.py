@@ -15,7 +15,7 @@ from torch import Tensor
 from dinoreg.config import MindConfig
 from dinoreg.convex import FeatureVolume
 from dinoreg.dino import ProjectedPair
-from dinoreg.grid import Shape, resize
+from dinoreg.grid import Shape, resize, total
 from dinoreg.mind import mind_ssc
 
 
@@ -62,11 +62,12 @@ def unrelated_distance(fixed: Tensor, moving: Tensor, fixed_weight: Tensor, movi
 
     That is twice the sum over channels of the variance; features (c, i, j, k), weights (i, j, k).
     """
-    total = fixed.new_zeros((), dtype=torch.float64)
+    distance = fixed.new_zeros((), dtype=torch.float64)
     for features, weight in ((fixed, fixed_weight), (moving, moving_weight)):
         w = weight.double()
+        count = total(w)
         for channel in features:  # in double precision, a channel at a time
             x = channel.double()
-            mean = (w * x).sum() / w.sum()
-            total += (w * (x - mean).square()).sum() / w.sum()
-    return total.clamp_min(1e-12).float()
+            mean = total(w * x) / count
+            distance += total(w * (x - mean).square()) / count
+    return distance.clamp_min(1e-12).float()

@@ -46,13 +46,22 @@ def apply_axes(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     x = x.reshape(-1, *x.shape[-3:])  # (c, i, j, k)
     a, b, c = matrices
     if c is not None:
-        x = x @ c.to(x).T
+        n, i, j, k = x.shape  # one product a plane: a single tall one would be cut up by the number of threads
+        x = torch.bmm(x.reshape(n * i, j, k), c.to(x).T.expand(n * i, -1, -1)).reshape(n, i, j, -1)
     if b is not None:
         x = b.to(x) @ x
     if a is not None:
         n, i, j, k = x.shape
         x = (a.to(x) @ x.reshape(n, i, j * k)).reshape(n, -1, j, k)
     return x.reshape(*lead, *x.shape[1:])
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum over everything in double precision, line by line: in an order that the number of threads does not change."""
+    x = x.sum(-1, dtype=torch.float64)
+    while x.ndim:
+        x = x.sum(-1)
+    return x
 
 
 @lru_cache(maxsize=256)

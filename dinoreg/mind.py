@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dinoreg.grid import Shape, apply_axes, box_matrix, resize, shape3
+from dinoreg.grid import Shape, apply_axes, box_matrix, resize, shape3, total
 
 CHANNELS = 12
 NEIGHBOURS = ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1))
@@ -47,7 +47,7 @@ def mind_ssc(image: Tensor, radius: int = 1, dilation: int = 2, shape: Shape | N
     distance.clamp_min_(0)
     distance -= distance.amin(0)
     noise = distance.mean(0)
-    mean = noise.mean(dtype=torch.float64).float()
+    mean = (total(noise) / noise.numel()).float()
     noise.clamp_(min=1e-3 * mean + torch.finfo(torch.float32).tiny, max=1e3 * mean + 1.0)
     distance.div_(noise).neg_().exp_()
     return distance if shape is None or shape == size else resize(distance, shape)

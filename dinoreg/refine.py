@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dinoreg.convex import FeatureVolume
-from dinoreg.grid import apply_axes, box_matrix, compose, gaussian_matrix, shape3, warp
+from dinoreg.grid import apply_axes, box_matrix, compose, gaussian_matrix, shape3, total, warp
 
 
 class Similarity(Protocol):
@@ -46,7 +46,7 @@ class FeatureSSD:
         values = warped.detach()
         weight = self.fixed_weight * values[-1]
         difference = values[:-1] - self.fixed
-        loss = (weight * difference.square().sum(0)).mean()
+        loss = total(weight * difference.square().sum(0)) / weight.numel()
         upstream = torch.cat([2 * weight * difference, torch.zeros_like(weight)[None]])
         return loss, torch.autograd.grad(warped, disp, upstream)[0]
 
@@ -80,7 +80,7 @@ class LNCC:
         weight = self.fixed_weight * moving_weight
         a = weight * covariance / (self.fixed_var * variance)
         b = covariance / variance
-        loss = -(a * covariance).mean()
+        loss = -total(a * covariance) / weight.numel()
         # d cc / d m(y) = 2 sum_x W(x, y) a(x) [(f(y) - F(x)) - b(x) (m(y) - M(x))]
         ab = a * b
         t = apply_axes(torch.stack([a, ab, a * self.fixed_mean - ab * mean]), self.adjoint)

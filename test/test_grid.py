@@ -26,6 +26,7 @@ from dinoreg.grid import (
     linear_weights,
     resize,
     resize_disp,
+    total,
     unfold,
     warp,
 )
@@ -107,24 +108,32 @@ def test_outside_is_the_nearest_voxel() -> None:
     assert (warp(image, far) == image[0, -1, 0, -1]).all()
 
 
-def test_the_warp_and_the_linear_operations_are_the_same_to_the_bit_on_one_and_two_threads() -> None:
-    shape = (37, 41, 29)
-    image, disp = noise(5, *shape), smooth_disp(shape, 5)
+def test_results_are_the_same_to_the_bit_on_any_number_of_threads() -> None:
+    """A tall matrix product and a sum over everything are cut up by the number of threads, which shows in their last bits."""
+    shape = (50, 41, 101)
+    image, disp = noise(2, *shape), smooth_disp(shape, 5)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
             leaf = disp.clone().requires_grad_()
             warped = warp(image, leaf)
             slope = torch.autograd.grad(warped, leaf, torch.ones_like(warped))[0]
             smoothed = apply_axes(image, [box_matrix(n, 5, 2) for n in shape])
-            small = resize(image, (20, 13, 17))
+            small = resize(image, (20, 13, 25))
             repaired, _ = unfold(disp + 0.4 * noise(3, *shape, seed=2))
-            results.append((warped.detach(), slope, smoothed, small, resize(small, (40, 44, 48)), repaired))
+            results.append((warped.detach(), slope, smoothed, small, resize(small, (40, 44, 48)), repaired,
+                            torch.stack([total(image.double() ** power) for power in range(1, 9)])))
     finally:
         torch.set_num_threads(before)
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_total_adds_in_double_precision() -> None:
+    x = noise(3, 5, 7, 300) + 1000
+    assert float(total(x)) == pytest.approx(float(x.double().sum()), rel=1e-14)
+    assert total(x).dtype == torch.float64 and total(x).shape == ()
 
 
 def test_slab_count_is_a_constant_of_the_code() -> None:
