@@ -12,25 +12,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dinoreg.grid import Shape, apply_axes, box_matrix, resize, shape3, total
+from dinoreg.grid import apply_axes, box_matrix, shape3, total
 
-CHANNELS = 12
 NEIGHBOURS = ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1))
 PAIRS = tuple((p, q) for p, q in itertools.combinations(NEIGHBOURS, 2)
               if sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) == 2)  # the 12 pairs at distance sqrt(2)
 
 
-def mind_ssc(image: Tensor, radius: int = 1, dilation: int = 2, shape: Shape | None = None) -> Tensor:
+def mind_ssc(image: Tensor, radius: int = 1, dilation: int = 2) -> Tensor:
     """MIND-SSC descriptor of an image.
 
     Args:
         image: (i, j, k), any intensity scale (the descriptor does not change with it).
         radius: half width of the patches that are compared, voxels.
         dilation: distance of the compared patches from the voxel, voxels.
-        shape: lattice to average the descriptor onto (each channel as soon as it is made); that of the image if not given.
 
     Returns:
-        (12, *shape) in (0, 1]; 1 in a channel means that its two patches differ least.
+        (12, i, j, k) in (0, 1]; 1 in a channel means that its two patches differ least.
 
     Heinrich et al. 2013, eq. 2-4: D(x, y) is the mean squared patch difference, the noise V(x) its mean over the channels
     (bounded to [0.001, 1000] of its mean over the image), and the feature exp(-(D - min D) / V).
@@ -44,10 +42,9 @@ def mind_ssc(image: Tensor, radius: int = 1, dilation: int = 2, shape: Shape | N
         return padded[i : i + size[0], j : j + size[1], k : k + size[2]]
 
     distance = torch.stack([apply_axes((shifted(p) - shifted(q)).square_(), boxes) for p, q in PAIRS])  # (12, i, j, k)
-    distance.clamp_min_(0)
     distance -= distance.amin(0)
     noise = distance.mean(0)
     mean = (total(noise) / noise.numel()).float()
-    noise.clamp_(min=1e-3 * mean + torch.finfo(torch.float32).tiny, max=1e3 * mean + 1.0)
-    distance.div_(noise).neg_().exp_()
-    return distance if shape is None or shape == size else resize(distance, shape)
+    tiny = torch.finfo(torch.float32).tiny  # for an image without any contrast
+    noise.clamp_(min=1e-3 * mean + tiny, max=1e3 * mean + tiny)
+    return distance.div_(noise).neg_().exp_()
