@@ -44,11 +44,13 @@ COPY --from=torch /opt/torch /opt/torch
 COPY --from=packages /opt/packages /opt/packages
 RUN mkdir -p /input /output /opt/ml/model /oncoreg/data /oncoreg/model /oncoreg/results
 # Nothing may be written outside /output and /tmp. torch's CUDA 12 build runs on every driver from 525 on, which is CUDA 12.0: the
-# base's own requirement would refuse older drivers than it has to.
+# base's own requirement would refuse older drivers than it has to. Threads that wait must sleep: where a container is given a part of
+# the processors that it sees, spinning takes ten times as long.
 ENV PYTHONPATH=/opt/dinoreg:/opt/packages:/opt/torch \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     MPLCONFIGDIR=/tmp/matplotlib \
+    OMP_WAIT_POLICY=PASSIVE \
     NVIDIA_REQUIRE_CUDA="cuda>=12.0"
 # OncoReg overrides the entry point with the relative path ./test.sh.
 WORKDIR /oncoreg

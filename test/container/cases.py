@@ -52,5 +52,6 @@ def write_encoder(folder: Path) -> None:
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(hidden_size=384, num_attention_heads=6, image_size=518))
+    model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(hidden_size=384, num_attention_heads=6, image_size=518,
+                                                               patch_size=14))
     model.save_pretrained(folder)
