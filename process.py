@@ -29,8 +29,8 @@ from evalutils.io import FileLoader
 from evalutils.validators import ExpectedColumnNamesValidator
 from pandas import DataFrame
 
-from dinoreg.config import auto_preset, get_preset, modality
-from dinoreg.errors import DinoRegError, InputError, OutputError
+from dinoreg.config import FEATURES, PRESETS, auto_preset, get_preset, modality
+from dinoreg.errors import ConfigError, DinoRegError, InputError, OutputError
 from dinoreg.grandchallenge import parse_sockets
 from dinoreg.io import check_writable, write_json
 from dinoreg.jobs import Case, Images, Job, find_job, load_case, write_case
@@ -153,9 +153,16 @@ class DinoReg(Algorithm):
         log.info("report: %s", self._output_file)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists the options")
+
+
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. A container that is started without one is set up by variables: DINOREG_PRESET is --preset, and so on."""
-    parser = argparse.ArgumentParser(description="Register the pairs of a Learn2Reg data set, or a single pair.",
+    parser = Parser(description="Register the pairs of a Learn2Reg data set, or a single pair.",
                                      epilog="The variables DINOREG_INPUT, DINOREG_PRESET ... replace the defaults.")
 
     def option(name: str, default: Any, text: str, **settings: Any) -> None:
@@ -166,8 +173,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("output", "/output", "folder to write", type=Path)
     option("mode", "auto", "contract: auto, learn2reg or single")
     option("split", "auto", "pairs of a Learn2Reg data set: auto (test if it lists any, else val), val, test or train")
-    option("preset", "auto", "auto (from data set and modalities) or a preset's name")
-    option("features", None, "in place of the preset's: dinov2, mind or dinov2+mind")
+    option("preset", "auto", f"auto (from data set and modalities), {', '.join(PRESETS)}")
+    option("features", None, f"in place of the preset's: {', '.join(FEATURES)}")
     option("weights", None, "folder with the encoder's weights", type=Path)
     option("device", "auto", "auto, cpu or cuda")
     option("threads", None, "CPU threads", type=int)
@@ -194,8 +201,9 @@ def set_up_logging(path: Path | None) -> None:
 
 def main(arguments: Sequence[str] | None = None, registrar_factory: Callable[..., Registrar] = Registrar) -> int:
     """Run with the given command line; the exit status. The last line on standard error says what failed, if anything did."""
-    options = parse_options(arguments)
     try:
+        set_up_logging(None)  # for what is wrong with the options themselves
+        options = parse_options(arguments)
         set_up_logging(options.log)
         algorithm = DinoReg(options, registrar_factory)
         algorithm.process()

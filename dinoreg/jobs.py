@@ -109,7 +109,8 @@ def find_job(input_dir: Path, mode: str, split: str, sockets: Mapping[str, str])
     if mode not in MODES:
         raise ConfigError(f"mode {mode!r}: expected one of {', '.join(MODES)}")
     if not input_dir.is_dir():
-        raise InputError(f"{input_dir}: no such folder; mount or name the folder that holds the images")
+        got = "a file" if input_dir.exists() else "nothing of this name"
+        raise InputError(f"{input_dir}: expected the input folder; got {got}; mount or name the folder that holds the images")
     contract = detect_contract(input_dir, sockets) if mode == "auto" else mode
     if contract == "single":
         files = find_single_pair(input_dir, sockets)

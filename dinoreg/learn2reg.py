@@ -109,8 +109,9 @@ class Dataset:
         key, entries = self._entries(meaning)
         if not entries:
             filled = [name for name in SPLIT_KEYS if self._entries(name)[1]]
+            advice = f"choose the split {' or '.join(filled)}" if filled else "no other split has any: complete the JSON"
             raise InputError(f"{self.path}: expected pairs under {' or '.join(SPLIT_KEYS[meaning])} (split {meaning}); got none; "
-                             f"choose the split {' or '.join(filled)}" if filled else f"{self.path}: lists no pairs at all")
+                             f"{advice}")
         pairs = [self._pair(entry, f"{key}[{index}]") for index, entry in enumerate(entries)]
         shorts = Counter(short for pair in {pair.name: pair for pair in pairs}.values() if (short := _short_name(pair)))
         seen: dict[str, int] = {}

@@ -36,7 +36,7 @@ _LEGEND = ("yellow lines: outlines of the fixed image     chequerboard: fixed an
 _PLANES = ("axial", "coronal", "sagittal")
 _EDGES = (("R", "L", "A", "P"), ("R", "L", "S", "I"), ("A", "P", "S", "I"))  # left, right, top, bottom of each plane
 _OUTLINE, _FOLD, _LETTER = "#ffd23f", "#ffee00", "#9ad1ff"
-_PANEL_INCHES, _DPI = 2.9, 100  # a picture of 1740 x 830 px is below 500 kB
+_PANEL_INCHES, _DPI = 2.9, 90  # a picture of 1566 x 750 px is below 500 kB
 _SQUARES, _GRID_LINES = 12, 26  # along the longest side: chequerboard and deformed grid
 _SMOOTH_VOX, _SHORTEST, _FAINTEST = 1.0, 0.2, 0.07  # outlines: shares of the longest side, and of black to white a voxel
 

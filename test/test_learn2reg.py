@@ -277,7 +277,7 @@ def test_contract_is_told_from_the_folder_and_refused_where_it_is_both_or_neithe
 def test_unknown_mode_and_missing_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mode 'both'"):
         find_job(tmp_path, "both", "auto", SOCKETS)
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="nothing of this name"):
         find_job(tmp_path / "missing", "auto", "auto", SOCKETS)
 
 

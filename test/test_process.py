@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -353,13 +354,47 @@ def test_field_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("options", "code", "message"), [
     (["--preset", "none-such"], 2, "none-such"), (["--mode", "both"], 2, "mode 'both'"), (["--split", "all"], 2, "split 'all'"),
     (["--split", "test"], 3, "registration_test"), (["--mode", "single"], 3, "images/fixed"),
-    (["--sockets", "x"], 2, "ROLE=SLUG"), (["--features", "sift"], 2, "sift"),
+    (["--sockets", "x"], 2, "ROLE=SLUG"), (["--features", "sift"], 2, "sift"), (["--threads", "many"], 2, "--threads"),
+    (["--colour", "2"], 2, "--colour"),
 ])
 def test_wrong_options_end_the_run_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str],
                                                  code: int, message: str) -> None:
     assert _run(_dataset(tmp_path / "in"), tmp_path / "out", *options) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0]
+    assert _files(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(("options", "code", "message"), [
+    (["--device", "tpu"], 2, "device must be auto, cpu or cuda"), (["--threads", "0"], 2, "at least 1"),
+    (["--features", "dinov2", "--weights", "no-such-folder"], 4, "no-such-folder (no such folder)"),
+])
+def test_what_the_engine_refuses_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: int,
+                                              message: str) -> None:
+    arguments = ["--input", str(_dataset(tmp_path / "in")), "--output", str(tmp_path / "out"), "--features", "mind", *options]
+    assert process.main(arguments) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+    assert _files(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "nothing of this name"), ("", "a file"), ({}, "got neither"),
+    ({"Task_dataset.json": "{"}, "expected JSON"), ({"Task_dataset.json": "{}"}, "no other split has any"),
+    ({"A_dataset.json": "{}", "B_dataset.json": "{}"}, "got A_dataset.json, B_dataset.json"),
+    ({"A_dataset.json": "{}", "inputs.json": "[]"}, "got A_dataset.json, inputs.json"),
+], ids=["missing", "file", "empty", "no JSON", "no pairs", "two data sets", "two contracts"])
+def test_folder_that_asks_for_nothing_clear_ends_the_run_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                                       content: Any, message: str) -> None:
+    if isinstance(content, dict):
+        (tmp_path / "in").mkdir()
+        for name, text in content.items():
+            (tmp_path / "in" / name).write_text(text)
+    elif content is not None:
+        (tmp_path / "in").write_text(content)
+    assert _run(tmp_path / "in", tmp_path / "out") == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0] and str(tmp_path / "in") in lines[0]
     assert _files(tmp_path / "out") == []
 
 
@@ -386,6 +421,18 @@ def test_output_lost_on_the_way_fails_the_pair_and_leaves_no_half_file(tmp_path:
     (tmp_path / "out/warped").write_text("in the way")
     assert _run(_dataset(tmp_path / "in"), tmp_path / "out") == 5
     assert _files(tmp_path / "out") == ["report.json", "warped"]
+
+
+def test_disk_that_fills_up_fails_the_pair_and_leaves_no_half_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _single(tmp_path / "in")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))  # the field takes 11520 bytes, the report about 5000
+    try:
+        assert _run(source, tmp_path / "out") == 5
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert _files(tmp_path / "out") == ["report.json"]
+    assert "displacement-field.mha: cannot be written" in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- with the real engine -----------------------------------------------------------------------------------------------------
