@@ -20,7 +20,7 @@ from dinoreg.errors import RegistrationError
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Linear algebra libraries split sums by the number of threads, which shows in the last bits: here they get one.
 
     Against the encoder, which keeps its threads, this is 1/12 L of the work of a transformer of L blocks.
@@ -75,7 +75,7 @@ class Basis:
     total_variance: float
 
 
-@_one_thread()
+@one_thread()
 def token_moments(tokens: Tensor, foreground: Tensor, device: torch.device | str = "cpu") -> Moments:
     """Moments of the foreground tokens of a volume.
 
@@ -104,7 +104,7 @@ def token_moments(tokens: Tensor, foreground: Tensor, device: torch.device | str
     return moments
 
 
-@_one_thread()
+@one_thread()
 def fit_basis(moments: Moments, components: int) -> Basis:
     """The leading eigenvectors of the covariance, by a symmetric eigen-decomposition in double precision.
 
@@ -127,7 +127,7 @@ def fit_basis(moments: Moments, components: int) -> Basis:
     return Basis(vectors * largest.sign(), moments.mean, values[-components:].flip(0).clamp_min(0), total)
 
 
-@_one_thread()
+@one_thread()
 def project(tokens: Tensor, foreground: Tensor, basis: Basis, center: bool, device: torch.device | str = "cpu") -> Tensor:
     """Foreground tokens in the basis, slice by slice.
 

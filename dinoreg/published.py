@@ -11,8 +11,8 @@ numbers of Song, Xu and Yan 2024. Everything is in voxels and cells, whatever th
 the border's own cells for what lies beyond it, sizes are padded before pooling and cropped after, and a displacement of one
 cell is one cell.
 
-Memory for c channels and n voxels: 8 c n bytes of features, 8 * 2 * CHUNK n for the slope and about 90 n for the fields:
-2 GB for 24 channels at 192 x 160 x 192. The released code needs about 5 GB there.
+Memory for c channels and n voxels: 8 c n bytes of features and about 220 n for the rest, measured 2.4 GB for 24 channels at
+192 x 160 x 192; an iteration takes 13 CPU seconds there. What is not reproduced, and why: docs/published.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dinoreg.convex import COUPLING, candidates
 from dinoreg.errors import InputError
 from dinoreg.grid import apply_axes, area_matrix, box_matrix, linear_matrix, shape3, warp
 
-CHUNK = 8  # channels of which the slope is computed at a time: bounds the memory, and changes no sum but in its order
+CHUNK = 4  # channels of which the slope is computed at a time: bounds the memory, and changes no sum but in its order
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's usual constants
 
 

@@ -24,7 +24,7 @@ from dinoreg.dino import ProjectedGrid, ProjectedPair
 from dinoreg.features import PairFeatures, unrelated_distance
 from dinoreg.grid import Shape, apply_axes, linear_weights, shape3
 from dinoreg.mind import mind_ssc
-from dinoreg.pca import Basis, Moments, fit_basis, project, token_moments
+from dinoreg.pca import Basis, Moments, fit_basis, one_thread, project, token_moments
 from dinoreg.preprocess import BoolArray, FloatArray
 from dinoreg.slices import FOREGROUND, PatchEncoder, TokenGrid, volume_tokens
 from dinoreg.volume import Volume
@@ -68,7 +68,7 @@ class SliceStack:
         """All slices in a basis; zero in the background."""
         tokens, geometry = self.encoded.tokens, self.encoded.geometry
         features = project(tokens, torch.ones(tokens.shape[:3], dtype=torch.bool), basis, center, device)
-        features = torch.tensordot(self.between.to(features), features, dims=1)  # (slices, h, w, k)
+        features = apply_axes(features.permute(3, 0, 1, 2), [self.between, None, None]).permute(1, 2, 3, 0)  # (slices, h, w, k)
         foreground = self.foreground.to(device)
         axis, positions = geometry.axes[0], list(geometry.positions)
         positions[axis] = np.arange(geometry.shape[axis], dtype=np.float64)
@@ -148,6 +148,7 @@ def slice_stack(image: Tensor, body: Tensor, affine: npt.NDArray[np.float64], en
     return SliceStack(encoded, between, shares.cpu() > (WHOLE_PATCH if quirks.slice_masks else FOREGROUND))
 
 
+@one_thread()
 def randomised_basis(moments: Moments, components: int, seed: int) -> Basis:
     """The subspace of ``torch.pca_lowrank`` (Halko, Martinsson and Tropp 2011, algorithm 5.1, two power iterations, no
     oversampling), out of the moments alone.
