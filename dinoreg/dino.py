@@ -107,9 +107,7 @@ def _lattice_matrix(positions: npt.NDArray[np.float64], extent: tuple[float, flo
     """(cells, tokens) weights along one axis: the mean over each cell of the linear interpolation between token positions."""
     points = math.ceil(voxels / cells)  # a cell
     at = (np.arange(cells * points) + 0.5) * (voxels / (cells * points)) - 0.5  # voxel coordinates
-    number = np.arange(len(positions), dtype=np.float64)
-    if positions[0] > positions[-1]:
-        positions, number = positions[::-1], number[::-1]
-    matrix = linear_weights(torch.from_numpy(np.interp(at, positions, number)), len(number))
+    ascending = np.argsort(positions)  # positions are monotonic: this is their order, or its reverse
+    matrix = linear_weights(torch.from_numpy(np.interp(at, positions[ascending], ascending)), len(positions))
     matrix[torch.from_numpy((at < extent[0]) | (at > extent[1]))] = 0
     return matrix.reshape(cells, points, -1).mean(1)
