@@ -65,6 +65,11 @@ def valid_region(array: FloatArray, margin: int = 2) -> BoolArray:
     return np.asarray(~outside, dtype=bool)
 
 
+def grown(mask: BoolArray, voxels: int = 3) -> BoolArray:
+    """A mask with a margin: features at a contour need both of its sides (AbdomenMRCTx: Dice .436 without, .479 with)."""
+    return np.asarray(ndimage.binary_dilation(mask, CUBE, iterations=voxels), dtype=bool)
+
+
 def body_mask(unit: FloatArray, valid: BoolArray, threshold: float = 0.05) -> BoolArray:
     """The body: the largest connected part above a threshold, its holes (lungs, too) filled slice by slice along each axis.
 

@@ -25,7 +25,7 @@ from dinoreg.dino import pair_features
 from dinoreg.errors import ConfigError, InputError, RegistrationError
 from dinoreg.features import PairFeatures
 from dinoreg.grid import Shape, compose, identity, lattice_shape, resize_disp, shape3, unfold
-from dinoreg.preprocess import body_mask, on_grid, to_unit_range, valid_region
+from dinoreg.preprocess import body_mask, grown, on_grid, to_unit_range, valid_region
 from dinoreg.published_features import encode_pair, slice_masks, voxel_features
 from dinoreg.refine import LNCC, FeatureSSD, Similarity, Sum, refine
 from dinoreg.slices import PatchEncoder, volume_tokens
@@ -125,7 +125,8 @@ class Registrar:
 
         Args:
             fixed, moving: the images; the moving one is brought to the fixed grid through the headers first.
-            fixed_mask, moving_mask: where the images count, if that is not everywhere; any grid, 0 is outside.
+            fixed_mask, moving_mask: where the images count, if that is not everywhere; any grid, 0 is outside. They are grown
+                by 3 voxels: a contour is seen by both of its sides.
             modalities: of fixed and moving image ("CT", "CBCT", "MR" or ""), over those of the preset.
 
         Raises:
@@ -178,7 +179,7 @@ class Registrar:
                 raise InputError(f"{name} image: {error}") from error
             valid = valid_region(array)
             if mask is not None:
-                valid &= np.asarray(on_grid(mask, fixed, order=0)) != 0
+                valid &= grown(np.asarray(on_grid(mask, fixed, order=0)) != 0)
                 if not valid.any():
                     raise InputError(f"the {name} mask leaves nothing of the {name} image: correct it, or leave it out")
             images.append(unit)
