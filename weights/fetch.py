@@ -1,4 +1,4 @@
-"""Fetch the official DINOv2 checkpoints: ``python weights/fetch.py vitl14_reg4 [--to DIR] [--timeout SECONDS]``.
+"""Fetch the official DINOv2 checkpoints: ``python3 weights/fetch.py vitl14_reg4 [--to DIR] [--timeout SECONDS]``.
 
 Standard library only. The bytes go to ``NAME.part`` beside the target; that file is kept when the transfer breaks off, and the
 next call goes on where it ended. NAME itself appears only once its size and sha256 are those of manifest.json.
