@@ -66,7 +66,8 @@ def cost_volume(fixed: FeatureVolume, moving: FeatureVolume, half_width: int, co
     c = left.shape[0]
     rows_f = left.permute(1, 2, 3, 0).reshape(ni * nj, nk, c).contiguous()
     rows_m = right.permute(1, 2, 0, 3).contiguous()  # (i, j, c, k)
-    average = [box_matrix(b, 3, repeats=2) @ area_matrix(a, b) for a, b in zip((ni, nj, nk), coarse, strict=True)]
+    lines = zip((ni, nj, nk), coarse, strict=True)
+    average = [(box_matrix(b, 3, repeats=2)[:, :, None] * area_matrix(a, b)).sum(1) for a, b in lines]  # their products, (b, a)
     valid = apply_axes(fixed.weight, average)
     cost = f.new_empty((n, n, n, *coarse))
     for di, dj in itertools.product(range(n), range(n)):

@@ -20,7 +20,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample, max_pool3d, pad
+from torch.nn.functional import avg_pool1d, grid_sample, max_pool3d, pad
 
 Shape = tuple[int, int, int]
 SLABS = 8  # a warp is cut into this many slabs whatever the machine, so that the result does not depend on the thread count
@@ -41,18 +41,23 @@ def apply_axes(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
 
     Returns:
         Tensor of shape (..., i', j', k').
+
+    Every product is a batch of small ones: a single large one is cut up by the number of threads, which shows in its last bits.
     """
     lead = x.shape[:-3]
     x = x.reshape(-1, *x.shape[-3:])  # (c, i, j, k)
     a, b, c = matrices
     if c is not None:
-        n, i, j, k = x.shape  # one product a plane: a single tall one would be cut up by the number of threads
+        n, i, j, k = x.shape
         x = torch.bmm(x.reshape(n * i, j, k), c.to(x).T.expand(n * i, -1, -1)).reshape(n, i, j, -1)
     if b is not None:
         x = b.to(x) @ x
     if a is not None:
         n, i, j, k = x.shape
-        x = (a.to(x) @ x.reshape(n, i, j * k)).reshape(n, -1, j, k)
+        if n > 1:
+            x = (a.to(x) @ x.reshape(n, i, j * k)).reshape(n, -1, j, k)
+        else:
+            x = (a.to(x) @ x[0].transpose(0, 1)).transpose(0, 1)[None]
     return x.reshape(*lead, *x.shape[1:])
 
 
@@ -109,11 +114,10 @@ def box_matrix(n: int, width: int, repeats: int = 1, zero_border: bool = False) 
     Near a border the average is taken over the cells that exist; ``zero_border`` counts the missing ones as zero instead
     (which damps a field near the border: only the published algorithm wants that).
     """
-    x = torch.arange(n)
-    matrix = ((x[:, None] - x).abs() <= width // 2).double()
-    matrix = matrix / width if zero_border else matrix / matrix.sum(1, keepdim=True)
-    power: Tensor = torch.linalg.matrix_power(matrix, repeats)
-    return power.float()
+    columns = torch.eye(n, dtype=torch.float64)
+    for _ in range(repeats):
+        columns = avg_pool1d(columns, width, stride=1, padding=width // 2, count_include_pad=zero_border)
+    return columns.T.float()
 
 
 def resize(x: Tensor, shape: Shape) -> Tensor:
