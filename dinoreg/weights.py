@@ -220,7 +220,7 @@ def _largest(folders: Sequence[Path], models: Mapping[str, Any], explicit: Path 
                 log.info("encoder %s: the largest of which weights were found (%s)", arch, path)
                 return arch, path
     names = _own_names(models[RECOMMENDED])
-    unknown = "".join(f" ({path} is no DINOv2 of a known architecture)" for path in hub_files)
+    unknown = "".join(f" ({path} is damaged, or no DINOv2 of a known architecture)" for path in hub_files)
     raise WeightsError(f"no weights for the encoder: expected {names[0]} (or {names[1]}, or {HUB_FILE}, or another file of "
                        f"weights/manifest.json), found none in {_looked(folders)}{unknown}; fetch them with: "
                        f"{_command(RECOMMENDED, explicit)} ({QUICK} for a quick try)")
@@ -240,8 +240,11 @@ def _arch_of(path: Path) -> str | None:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             shapes = {name.removeprefix("embeddings."): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError):
+    except safetensors.SafetensorError:
         return None
+    except OSError as error:
+        raise WeightsError(f"{path}: expected a readable file; got: {error.strerror or error}; "
+                           "let the user that runs this read it (chmod a+r)") from error
     registers = shapes.get("register_tokens", (1, 0, 0))[1]
     size = (shapes.get("cls_token", (0,))[-1], _depth(shapes), registers)
     return next((arch for arch, spec in ARCHITECTURES.items() if (spec.dim, spec.depth, spec.registers) == size), None)

@@ -325,7 +325,7 @@ def test_auto_without_weights_names_files_places_and_the_command(tmp_path: Path)
 def test_auto_says_that_a_hub_file_is_none_it_knows(tmp_path: Path, content: dict[str, Tensor] | None) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(content, path) if content else path.write_bytes(b"cut off")
-    with pytest.raises(WeightsError, match=r"model\.safetensors.* is no DINOv2 of a known architecture"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors.* is damaged, or no DINOv2 of a known architecture"):
         load_encoder("auto", tmp_path)
 
 
@@ -475,3 +475,14 @@ def test_fetch_waits_no_longer_than_it_is_told(tmp_path: Path, server: str) -> N
 def test_fetch_refuses_an_unknown_architecture(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, str(FETCH), "vitx14"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and "vitl14_reg4" in result.stderr
+
+
+def test_checkpoint_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"anything")
+
+    def refuse(*_arguments: object, **_settings: object) -> None:
+        raise PermissionError(13, "Permission denied")  # what opening a file of mode 0600 of somebody else gives
+
+    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    with pytest.raises(WeightsError, match=r"model\.safetensors: expected a readable file; got: Permission denied"):
+        load_encoder("auto", tmp_path)

@@ -55,3 +55,5 @@ def write_encoder(folder: Path) -> None:
     model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(hidden_size=384, num_attention_heads=6, image_size=518,
                                                                patch_size=14))
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # it is made private, and the user in the container is another
+    (folder / "model.safetensors").chmod(0o644)  # written for its owner alone, and a container runs as somebody else
