@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from dinoreg.config import IntensityConfig
-from dinoreg.errors import InputError
+from dinoreg.config import MODALITIES, IntensityConfig
+from dinoreg.errors import ConfigError, InputError
 from dinoreg.volume import Volume
 
 FloatArray = npt.NDArray[np.float32]
@@ -25,17 +25,21 @@ def to_unit_range(array: FloatArray, modality: str, config: IntensityConfig, bac
         background: take percentiles over all voxels instead (the published way).
 
     Raises:
+        ConfigError: a modality of another name.
         InputError: the image has no contrast.
     """
+    if modality not in MODALITIES:
+        raise ConfigError(f"a modality is one of {MODALITIES}; got {modality!r}")
     known = array[np.isfinite(array)]
+    lowest, highest = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    if lowest == highest:
+        raise InputError("the image has one value everywhere (on the fixed image's grid): nothing can be registered to it")
     window = {"CT": config.ct_window, "CBCT": config.cbct_window}.get(modality)
-    if window is None or not known.size or known.min() > -200:
-        inside = known[known > known.min()] if known.size else known
-        if inside.size == 0:
-            raise InputError("the image has one value everywhere (on the fixed image's grid): nothing can be registered to it")
-        low, high = np.percentile(known if background else inside, config.percentiles)
-        low = min(low, float(known.min())) if config.percentiles[0] == 0 else low
-        window = (float(low), float(max(high, np.nextafter(np.float32(low), np.float32(np.inf)))))
+    if window is None or lowest > -200:
+        low, high = np.percentile(known if background else known[known > lowest], config.percentiles)
+        if config.percentiles[0] == 0:
+            low = lowest
+        window = (float(low), float(high)) if low < high else (lowest, highest)  # nearly everything has one value: a label map
     unit = (np.nan_to_num(array, nan=window[0]) - window[0]) / (window[1] - window[0])
     return np.asarray(np.clip(unit, 0, 1), dtype=np.float32)
 
@@ -90,20 +94,33 @@ def body_mask(unit: FloatArray, valid: BoolArray, threshold: float = 0.05) -> Bo
     return np.asarray(body, dtype=bool)
 
 
-def on_grid(volume: Volume, reference: Volume, order: int = 1, fill: float = np.nan) -> npt.NDArray[np.generic]:
+def on_grid(volume: Volume, reference: Volume, order: int = 1) -> npt.NDArray[np.generic]:
     """An image on another image's grid, through both headers.
 
     Args:
         volume: the image to bring over.
         reference: the grid.
         order: 1 linear (float32), 0 nearest (keeps the type).
-        fill: value where the image has none.
+
+    Returns:
+        Array of the reference's shape; NaN (linear) or 0 outside the volume, which ends half a voxel beyond its outer centres.
     """
     if volume.same_grid(reference):
         return volume.array.astype(np.float32, copy=False) if order else volume.array
     matrix = np.linalg.solve(volume.affine, reference.affine)
     source = volume.array.astype(np.float32, copy=False) if order else volume.array
-    return np.asarray(ndimage.affine_transform(source, matrix[:3, :3], matrix[:3, 3], output_shape=reference.shape, order=order,
-                                               mode="constant", cval=fill if order else 0))
+    found = np.asarray(ndimage.affine_transform(source, matrix[:3, :3], matrix[:3, 3], output_shape=reference.shape, order=order,
+                                                mode="nearest"))
+    index = np.ogrid[tuple(slice(n) for n in reference.shape)]
+    for row, n in zip(matrix, volume.shape, strict=False):
+        at = row[3] + sum(factor * line for factor, line in zip(row, index, strict=False))  # along one axis of the volume
+        found[~within(at, n)] = np.nan if order else 0
+    return found
+
+
+def within(at: FloatArray, n: int) -> BoolArray:
+    """Whether coordinates along an axis of n voxels lie in the volume: up to half a voxel beyond the outermost centres, and a
+    rounding error more."""
+    return np.asarray((at > -0.5 - 1e-4) & (at < n - 0.5 + 1e-4))
 
 
