@@ -60,9 +60,10 @@ class PairFeatures:
 def unrelated_distance(fixed: Tensor, moving: Tensor, fixed_weight: Tensor, moving_weight: Tensor) -> Tensor:
     """Mean squared distance between two features of one image picked at random, the mean over both images (scalar).
 
-    That is twice the sum over channels of the variance; features (c, i, j, k), weights (i, j, k).
+    That is twice the sum over channels of the variance; features (c, i, j, k), weights (i, j, k). At least 1e-4 of the mean
+    squared length, so that rounding does not pass for contrast where there is none.
     """
-    distance = fixed.new_zeros((), dtype=torch.float64)
+    distance, length = fixed.new_zeros(2, dtype=torch.float64)
     for features, weight in ((fixed, fixed_weight), (moving, moving_weight)):
         w = weight.double()
         count = total(w)
@@ -70,4 +71,5 @@ def unrelated_distance(fixed: Tensor, moving: Tensor, fixed_weight: Tensor, movi
             x = channel.double()
             mean = total(w * x) / count
             distance += total(w * (x - mean).square()) / count
-    return distance.clamp_min(1e-12).float()
+            length += total(w * x.square()) / count
+    return torch.maximum(distance, 1e-4 * length).clamp_min(1e-12).float()
