@@ -123,7 +123,7 @@ class Checks:
         self.write_model()
         output = self.folder("dinov2")
         outcome = self.run(Task({"/input": self.learn2reg, "/opt/ml/model": self.model}, {"/output": output},
-                                {"DINOREG_FEATURES": "dinov2+mind", "DINOREG_THREADS": "1"}))
+                                {"DINOREG_FEATURES": "dinov2+mind"}))
         info = self.report(output)["pairs"][0]["info"]
         require(bool(info.get("encoder_sha256")), f"no sha256 of the encoder in the report: {info}")
         require(bool(np.isfinite(load_field(output / FIELD)).all()), "the field is not finite")
