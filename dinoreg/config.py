@@ -19,6 +19,7 @@ FEATURES = ("dinov2", "mind", "dinov2+mind")
 MODALITIES = ("CT", "CBCT", "MR", "")
 AXES = ("axial", "coronal", "sagittal")
 SOLVERS = ("composed", "published")
+PLAIN: dict[Any, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,)}  # annotation -> types
 
 
 def _require(ok: bool, what: str) -> None:
@@ -95,10 +96,10 @@ class DiscreteConfig:
     consistency_iterations: int = 15
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple((int(cells), int(pool), int(reach)) for cells, pool, reach in self.levels))
         _require(len(self.levels) > 0, "discrete.levels must hold at least one level")
         for cells, pool, reach in self.levels:
-            _require(8 <= cells <= 128 and 1 <= pool <= 8 and 1 <= reach <= 12,
+            whole = all(isinstance(n, int) for n in (cells, pool, reach))
+            _require(whole and 8 <= cells <= 128 and 1 <= pool <= 8 and 1 <= reach <= 12,
                      f"discrete.levels: cells must be 8..128, pool 1..8, reach 1..12; got {(cells, pool, reach)}")
         _require(0 <= self.consistency_iterations <= 100, "discrete.consistency_iterations must be 0..100")
 
@@ -117,9 +118,8 @@ class RefineConfig:
     damping: float = 0.01  # in units of the data term a cell: slopes well below it move little
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple((float(cell), int(iterations)) for cell, iterations in self.levels))
-        _require(all(cell >= 0.5 and iterations >= 0 for cell, iterations in self.levels),
-                 f"refine.levels: cells must be at least 0.5, iterations at least 0; got {self.levels}")
+        _require(all(cell >= 0.5 and isinstance(iterations, int) and iterations >= 0 for cell, iterations in self.levels),
+                 f"refine.levels: cells must be at least 0.5, iterations whole numbers from 0; got {self.levels}")
         _require(self.lncc >= 0 and self.features >= 0 and self.lncc + self.features > 0,
                  "refine.lncc and refine.features must not be negative, and one of them positive")
         _require(self.window >= 3 and self.window % 2 == 1, f"refine.window must be odd and at least 3; got {self.window}")
@@ -231,6 +231,9 @@ def _build(kind: Any, values: Any, where: str) -> Any:
         default = fields[name].default_factory
         nested = default is not dataclasses.MISSING and dataclasses.is_dataclass(default)
         arguments[name] = _build(default, value, f"{where}.{name}") if nested else _tuples(value)
+        plain = PLAIN.get(fields[name].type)
+        if plain and (type(value) not in plain or value in (math.inf, -math.inf)):
+            raise ConfigError(f"{where}.{name}: expected {fields[name].type}; got {value!r}")
     try:
         return kind(**arguments)
     except (TypeError, ValueError) as error:
