@@ -1,6 +1,6 @@
 # The challenge container. build.sh lays out the build context (verified weights, wheelhouse) and calls this: see docs/submit.md.
 # Any Debian or Ubuntu base with Python 3.10 to 3.12 serves; one that has python3 already is built on without a network.
-ARG BASE=docker.io/nvidia/cuda:12.8.1-runtime-ubuntu22.04@sha256:fcbbd60a5ad3db3a1c7375bf14546b369b54064c513224310b2026df50c7a9bd
+ARG BASE=nvidia/cuda:12.8.1-runtime-ubuntu22.04@sha256:fcbbd60a5ad3db3a1c7375bf14546b369b54064c513224310b2026df50c7a9bd
 
 FROM ${BASE} AS python
 RUN command -v python3 > /dev/null || { \
