@@ -25,7 +25,7 @@ from dinoreg.dino import pair_features
 from dinoreg.errors import ConfigError, InputError, RegistrationError
 from dinoreg.features import PairFeatures
 from dinoreg.grid import Shape, compose, identity, lattice_shape, resize_disp, shape3, unfold
-from dinoreg.preprocess import body_mask, grown, on_grid, to_unit_range, valid_region
+from dinoreg.preprocess import body_mask, grown, on_grid, to_unit_range, valid_region, within
 from dinoreg.published_features import encode_pair, slice_masks, voxel_features
 from dinoreg.refine import LNCC, FeatureSSD, Similarity, Sum, refine
 from dinoreg.slices import PatchEncoder, volume_tokens
@@ -74,7 +74,9 @@ class Registration:
         fill = min(0.0, float(volume.array.min())) if order else 0
         dtype = volume.array.dtype
         source = volume.array.astype(np.float32) if order else volume.array
-        warped = ndimage.map_coordinates(source, where, order=order, mode="constant", cval=fill)
+        warped = ndimage.map_coordinates(source, where, order=order, mode="nearest")
+        for at, n in zip(where, volume.shape, strict=True):
+            warped[~within(at, n)] = fill
         if order and np.issubdtype(dtype, np.integer):
             warped = np.rint(warped)
         return Volume(warped.astype(dtype), self.fixed_affine)
