@@ -50,7 +50,11 @@ class JobLoader(FileLoader):
         self.options = options
 
     def load(self, *, fname: Path) -> list[dict[str, Any]]:
-        self.job = find_job(fname, self.options.mode, self.options.split, parse_sockets(self.options.sockets))
+        try:
+            self.job = find_job(fname, self.options.mode, self.options.split, parse_sockets(self.options.sockets))
+        except OSError as error:
+            raise InputError(f"{error.filename or fname}: expected an input that can be read; got: {error.strerror or error}; "
+                             "let the user that runs this read it") from error
         return [vars(case) for case in self.job.cases]
 
 

@@ -552,3 +552,14 @@ def test_oncoreg_train_script_says_that_the_weights_are_ready(tmp_path: Path) ->
     done = _script(tmp_path, "train.sh", "OncoReg", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 0, done.stderr
     assert "nothing to train; the weights for preset thorax-cbct are ready" in (tmp_path / "results/debug.log").read_text()
+
+
+def test_input_folder_that_may_not_be_read_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "in"))  # root may read everything
+
+    monkeypatch.setattr(process, "find_job", refuse)
+    (tmp_path / "in").mkdir()
+    assert process.main(["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--features", "mind"]) == 3
+    assert f"{tmp_path / 'in'}: expected an input that can be read; got: Permission denied" in capsys.readouterr().err
