@@ -55,8 +55,6 @@ def valid_region(array: FloatArray, margin: int = 2) -> BoolArray:
     finite = np.isfinite(array)
     lowest = array[finite].min() if finite.any() else np.float32(0)
     fill = ~finite | (array == lowest)
-    if not fill.any():
-        return np.ones(array.shape, dtype=bool)
     labels, _ = ndimage.label(ndimage.binary_erosion(fill, CUBE, border_value=1))
     touching = np.zeros(labels.max() + 1, dtype=bool)
     for axis in range(3):

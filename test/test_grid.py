@@ -355,6 +355,13 @@ def test_unfold_does_not_touch_a_field_without_folds() -> None:
     assert count == 0 and torch.equal(found, disp)
 
 
+def test_unfold_stops_after_its_passes_with_fewer_folds() -> None:
+    disp = noise(3, 21, 18, 25)
+    found, count = unfold(disp, passes=1)
+    left = int((jacobian_determinant(found) < 0.05).sum())
+    assert count == int((jacobian_determinant(disp) < 0.05).sum()) and 0 < left < count / 2
+
+
 @pytest.mark.parametrize("shape", [(21, 18, 25), (4, 30, 6)])
 def test_unfold_mends_even_a_field_of_noise(shape: Shape) -> None:
     disp = noise(3, *shape)
