@@ -34,8 +34,9 @@ from dinoreg.errors import ConfigError, DinoRegError, InputError, OutputError
 from dinoreg.grandchallenge import parse_sockets
 from dinoreg.io import check_writable, write_json
 from dinoreg.jobs import Case, Images, Job, find_job, load_case, write_case
-from dinoreg.registration import Registrar, Registration
+from dinoreg.registration import Registrar
 from dinoreg.report import failure_record, field_metrics, file_record, one_line, run_record, summary_line
+from dinoreg.result import Registration
 from dinoreg.stages import stage
 
 log = logging.getLogger("dinoreg.process")

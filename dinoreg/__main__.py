@@ -6,10 +6,12 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dinoreg import __version__
-from dinoreg.errors import DinoRegError, InputError
+from dinoreg.commands import evaluate
+from dinoreg.errors import DinoRegError
+
+COMMANDS = (evaluate,)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dinoreg", description="Registration of 3D medical images with frozen DINOv2 features.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_evaluate(commands)
+    for command in COMMANDS:
+        command.add(commands)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -33,31 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     return 0
-
-
-def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "evaluate", help="score a folder of displacement fields on a Learn2Reg data set",
-        description="Score displacement fields on a Learn2Reg data set: metrics in mm and official arithmetic, before and after.")
-    parser.add_argument("dataset", type=Path, metavar="DATASET_DIR", help="folder with <Task>_dataset.json, images, labels...")
-    parser.add_argument("fields", type=Path, metavar="FIELDS_DIR", help="folder with disp_*.nii.gz or disp_*.npz")
-    parser.add_argument("--split", default="auto", help="auto (default: test if it lists pairs, else val), val, test or train")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers, by case and aggregated, to FILE")
-    parser.set_defaults(run=_evaluate)
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from dinoreg.evaluate import evaluate_dataset, format_table
-    from dinoreg.io import write_json
-    from dinoreg.learn2reg import load_dataset
-
-    evaluation = evaluate_dataset(load_dataset(arguments.dataset), arguments.fields, arguments.split)
-    if arguments.json is not None:
-        write_json(arguments.json, evaluation.to_json())
-    sys.stdout.write(format_table(evaluation) + "\n")
-    if evaluation.problems:
-        total = len(evaluation.problems) + len(evaluation.cases)
-        raise InputError(f"{len(evaluation.problems)} of {total} pairs could not be scored, the first: {evaluation.problems[0]}")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from dinoreg import published
@@ -24,10 +23,11 @@ from dinoreg.convex import discrete
 from dinoreg.dino import pair_features
 from dinoreg.errors import ConfigError, InputError, RegistrationError
 from dinoreg.features import PairFeatures
-from dinoreg.grid import Shape, compose, identity, lattice_shape, resize_disp, shape3, unfold
-from dinoreg.preprocess import body_mask, grown, on_grid, to_unit_range, valid_region, within
+from dinoreg.grid import compose, lattice_shape, resize_disp, shape3, unfold
+from dinoreg.preprocess import body_mask, grown, on_grid, to_unit_range, valid_region
 from dinoreg.published_features import encode_pair, slice_masks, voxel_features
 from dinoreg.refine import LNCC, FeatureSSD, Similarity, Sum, refine
+from dinoreg.result import Registration
 from dinoreg.slices import PatchEncoder, volume_tokens
 from dinoreg.stages import stage
 from dinoreg.volume import Volume
@@ -36,50 +36,6 @@ from dinoreg.weights import load_encoder
 log = logging.getLogger(__name__)
 
 SATURATED = 0.02  # share of cells at the edge of the search above which a warning is given
-
-
-@dataclass(frozen=True, eq=False)
-class Registration:
-    """The result for a pair.
-
-    Attributes:
-        disp: (3, i, j, k) float32, voxels of the fixed grid, component c along array axis c: warped(x) = moving(x + disp(x)),
-            where the moving image is meant on the fixed grid (through both headers, if their grids differ).
-        fixed_affine: of the grid, voxel -> RAS mm.
-        stages: seconds and the process's peak memory (MB) at the end of each stage.
-        warnings: what a user should know before trusting the field.
-        info: features, encoder and its weights, device, loss before and after each level.
-    """
-
-    disp: npt.NDArray[np.float32]
-    fixed_affine: npt.NDArray[np.float64]
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict)
-
-    def warp(self, volume: Volume, order: int = 1) -> Volume:
-        """A volume of the moving image's space on the fixed grid.
-
-        Args:
-            volume: on any grid: its header says where it lies.
-            order: 1 linear, 0 nearest neighbour (labels). The type of the array is kept.
-
-        Returns:
-            The volume on the fixed grid; 0 (or the smallest value, for images with negative values) where it has none.
-        """
-        shape: Shape = (self.disp.shape[1], self.disp.shape[2], self.disp.shape[3])
-        points = identity(shape).numpy() + self.disp  # on the fixed grid, voxels
-        matrix = np.linalg.solve(volume.affine, self.fixed_affine)
-        where = np.einsum("ab,bijk->aijk", matrix[:3, :3], points.astype(np.float64)) + matrix[:3, 3, None, None, None]
-        fill = min(0.0, float(volume.array.min())) if order else 0
-        dtype = volume.array.dtype
-        source = volume.array.astype(np.float32) if order else volume.array
-        warped = ndimage.map_coordinates(source, where, order=order, mode="nearest")
-        for at, n in zip(where, volume.shape, strict=True):
-            warped[~within(at, n)] = fill
-        if order and np.issubdtype(dtype, np.integer):
-            warped = np.rint(warped)
-        return Volume(warped.astype(dtype), self.fixed_affine)
 
 
 class Registrar:

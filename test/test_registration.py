@@ -15,7 +15,8 @@ from scipy import ndimage
 from dinoreg.config import PRESETS, Config, DiscreteConfig, EncoderConfig, PcaConfig, RefineConfig, get_preset
 from dinoreg.errors import ConfigError, InputError
 from dinoreg.metrics import folds_percent, jacobian_determinant
-from dinoreg.registration import Registrar, Registration
+from dinoreg.registration import Registrar
+from dinoreg.result import Registration
 from dinoreg.volume import Volume
 from dinoreg.weights import random_encoder
 
