@@ -24,6 +24,7 @@ from dinoreg.dino import pair_features
 from dinoreg.errors import ConfigError, InputError, RegistrationError
 from dinoreg.features import PairFeatures
 from dinoreg.grid import compose, lattice_shape, resize_disp, shape3, unfold
+from dinoreg.initial import checked, folded, undone
 from dinoreg.preprocess import body_mask, grown, on_grid, to_unit_range, valid_region
 from dinoreg.published_features import encode_pair, slice_masks, voxel_features
 from dinoreg.refine import LNCC, FeatureSSD, Similarity, Sum, refine
@@ -78,7 +79,7 @@ class Registrar:
 
     @torch.no_grad()
     def register(self, fixed: Volume, moving: Volume, *, fixed_mask: Volume | None = None, moving_mask: Volume | None = None,
-                 modalities: Sequence[str] = ("", "")) -> Registration:
+                 modalities: Sequence[str] = ("", ""), initial: npt.ArrayLike | None = None) -> Registration:
         """Register a pair.
 
         Args:
@@ -86,9 +87,10 @@ class Registrar:
             fixed_mask, moving_mask: where the images count, if that is not everywhere; any grid, 0 is outside. They are grown
                 by 3 voxels: a contour is seen by both of its sides.
             modalities: of fixed and moving image ("CT", "CBCT", "MR" or ""), over those of the preset.
+            initial: 4x4, RAS mm, fixed point -> moving point: where to start, after the headers. It becomes part of the field.
 
         Raises:
-            InputError: an image with non-finite values or without contrast, or no overlap.
+            InputError: an image with non-finite values or without contrast, no overlap, or an unusable initial transform.
             RegistrationError: the field is not finite, no foreground was found, or memory ran out.
         """
         stages: dict[str, dict[str, float]] = {}
@@ -97,6 +99,9 @@ class Registrar:
         if "dinov2" in self.config.features:
             info["encoder"] = self._encoder_name()
             info["encoder_sha256"] = getattr(self.encoder, "sha256", None)
+        start = np.eye(4) if initial is None else checked(initial)
+        if initial is not None:
+            moving, moving_mask = undone(moving, start), moving_mask and undone(moving_mask, start)
         with stage("prepare", stages):
             kinds = [given or own for given, own in zip(modalities, self.config.modalities, strict=True)]
             pair, shown, bodies = self._prepare(fixed, moving, fixed_mask, moving_mask, kinds)
@@ -115,10 +120,10 @@ class Registrar:
             disp = resize_disp(disp, fixed.shape)
             if not self.config.quirks.folds_kept:
                 disp, info["repaired_voxels"] = unfold(disp)
-            result = disp.float().cpu().numpy()
+            result = folded(disp.float().cpu().numpy(), start, fixed.affine)
         if not np.isfinite(result).all():
             raise RegistrationError("the field holds values that are not finite; please report this with the images' headers")
-        return Registration(result, fixed.affine, stages, warnings, info)
+        return Registration(result, fixed.affine, stages, warnings, info, start)
 
     def _prepare(self, fixed: Volume, moving: Volume, fixed_mask: Volume | None, moving_mask: Volume | None,
                  kinds: Sequence[str]) -> tuple[PairFeatures, list[Tensor], list[Tensor]]:

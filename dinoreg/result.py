@@ -25,6 +25,8 @@ class Registration:
         stages: seconds and the process's peak memory (MB) at the end of each stage.
         warnings: what a user should know before trusting the field.
         info: features, encoder and its weights, device, loss before and after each level.
+        initial: the affine start, float64 4x4, RAS mm, fixed point -> moving point; ``disp`` contains it. The identity if there
+            was none.
     """
 
     disp: npt.NDArray[np.float32]
@@ -32,6 +34,7 @@ class Registration:
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    initial: npt.NDArray[np.float64] = field(default_factory=lambda: np.eye(4))
 
     def warp(self, volume: Volume, order: int = 1) -> Volume:
         """A volume of the moving image's space on the fixed grid.
