@@ -12,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 from scipy import ndimage
 
-from dinoreg import qc
+from dinoreg import draw, qc
 from dinoreg.errors import InputError
 from dinoreg.volume import Volume
 
@@ -43,14 +43,14 @@ def reoriented(volume: Volume, codes: str) -> tuple[Volume, np.ndarray]:
 @pytest.mark.parametrize("codes", ["LPS", "RAS", "LAS", "RPI", "PSR", "SLA", "ARI"])
 def test_every_storage_order_gives_the_same_view(codes: str) -> None:
     fixed, moving, disp = scene()
-    expected = qc._turn(fixed, moving, moving, disp)
+    expected = draw.turned(fixed, moving, moving, disp)
     turned_fixed, change = reoriented(fixed, codes)
     turned_moving, _ = reoriented(moving, codes)
     assert turned_fixed.orientation == codes
     turned_disp = np.empty((3, *turned_fixed.shape), dtype=np.float32)
     for axis, (target, flip) in enumerate(change):  # old axis -> new axis, and whether it is reversed
         turned_disp[int(target)] = flip * nib.orientations.apply_orientation(disp[axis], change)
-    view = qc._turn(turned_fixed, turned_moving, turned_moving, turned_disp)
+    view = draw.turned(turned_fixed, turned_moving, turned_moving, turned_disp)
     assert view.spacing == expected.spacing == (2.0, 3.0, 4.0)
     for name in ("fixed", "moving", "body", "disp_mm"):
         assert np.array_equal(getattr(view, name), getattr(expected, name)), name
@@ -61,8 +61,8 @@ def test_an_oblique_header_is_turned_by_its_main_directions() -> None:
     fixed, moving, disp = scene()
     angle = np.radians(20)
     turn = np.array([[np.cos(angle), -np.sin(angle), 0, 0], [np.sin(angle), np.cos(angle), 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    expected = qc._turn(fixed, moving, moving, disp)
-    view = qc._turn(Volume(fixed.array, turn @ LPS), Volume(moving.array, turn @ LPS), Volume(moving.array, turn @ LPS), disp)
+    expected = draw.turned(fixed, moving, moving, disp)
+    view = draw.turned(Volume(fixed.array, turn @ LPS), Volume(moving.array, turn @ LPS), Volume(moving.array, turn @ LPS), disp)
     assert np.array_equal(view.fixed, expected.fixed) and np.allclose(view.disp_mm, expected.disp_mm)
 
 
@@ -72,7 +72,7 @@ def test_left_is_on_the_right_and_front_and_head_are_on_top(tmp_path: Path) -> N
     fixed = Volume(image, LPS)
     disp = np.zeros((3, *SHAPE), dtype=np.float32)
     disp[0] = ball((16, 7, 10), 5)  # the planes go through the greatest displacement
-    figure = qc._draw(qc._turn(fixed, fixed, fixed, disp), "", "")
+    figure = qc._draw(draw.turned(fixed, fixed, fixed, disp), "", "")
     path = tmp_path / "qc.png"
     qc.write_qc(path, fixed, fixed, fixed, disp)
     grey = imread(path)[..., :3].mean(axis=2)
@@ -106,8 +106,19 @@ def test_a_moving_image_on_another_grid_is_brought_over_by_its_header() -> None:
     fixed, _, _ = scene()
     header = LPS.copy()
     header[:3, 3] += LPS[:3, 0]  # its first voxel lies where the fixed image has its second
-    placed = qc._on_grid(Volume(fixed.array[1:], header), fixed)
-    assert np.allclose(placed.array, fixed.array, atol=1e-4)
+    placed = draw.turned(fixed, Volume(fixed.array[1:], header), fixed, np.zeros((3, *SHAPE), dtype=np.float32))
+    assert np.allclose(placed.moving, fixed.array, atol=1e-4)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "PSR", "SLA", "ARI"])
+def test_no_face_of_a_moving_image_stored_in_another_order_is_lost(codes: str) -> None:
+    spacing = (0.7, 1.3, 2.9)  # with an origin of 0.1: coordinates of the outermost voxels are off by some 1e-15
+    header = np.diag([*spacing, 1.0])
+    header[:3, 3] = 0.1, -7.3, 11.7
+    fixed = Volume(np.random.default_rng(0).uniform(1, 2, SHAPE).astype(np.float32), header)
+    moving, _ = reoriented(fixed, codes)
+    view = draw.turned(fixed, moving, fixed, np.zeros((3, *SHAPE), dtype=np.float32))
+    assert np.allclose(view.moving, view.fixed, atol=1e-4)  # values of 1 to 2, interpolated at centres up to rounding
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
