@@ -27,6 +27,10 @@ class Registration:
         info: features, encoder and its weights, device, loss before and after each level.
         initial: the affine start, float64 4x4, RAS mm, fixed point -> moving point; ``disp`` contains it. The identity if there
             was none.
+        confidence: (i, j, k) float32 in [0, 1], how clear the match was in the discrete stage: 0 where another place would have
+            done as well; None where there is none (solver "published").
+        colours: what DINOv2 saw: (2, i', j', k', 3) uint8, the first three principal components of the tokens as colours, of the
+            fixed and of the warped moving image, on a lattice over the fixed image; None unless asked for.
     """
 
     disp: npt.NDArray[np.float32]
@@ -35,6 +39,8 @@ class Registration:
     warnings: list[str] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     initial: npt.NDArray[np.float64] = field(default_factory=lambda: np.eye(4))
+    confidence: npt.NDArray[np.float32] | None = None
+    colours: npt.NDArray[np.uint8] | None = None
 
     def warp(self, volume: Volume, order: int = 1) -> Volume:
         """A volume of the moving image's space on the fixed grid.
