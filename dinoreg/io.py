@@ -28,6 +28,7 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from nibabel.spatialimages import HeaderDataError
 
+from dinoreg.dicom import read_series
 from dinoreg.errors import InputError, OutputError, RegistrationError
 from dinoreg.volume import Volume
 
@@ -86,7 +87,8 @@ def read_volume(path: Path, *, max_bytes: int | None = None) -> Volume:
     """Read a 3D image.
 
     Args:
-        path: .nii, .nii.gz, .mha, .mhd or .nrrd with one number a voxel; further dimensions of length 1 are dropped.
+        path: .nii, .nii.gz, .mha, .mhd or .nrrd with one number a voxel (further dimensions of length 1 are dropped), or a folder
+            with one DICOM series.
         max_bytes: refuse a file whose header declares more bytes of voxels than this, before reading them; ``MAX_BYTES`` if None.
 
     Returns:
@@ -95,16 +97,20 @@ def read_volume(path: Path, *, max_bytes: int | None = None) -> Volume:
 
     Raises:
         InputError: if the file is missing, of another format, truncated, corrupt (a .gz with a wrong checksum too), not 3D, of
-            more than one value a voxel, larger than allowed, or without a usable spacing.
+            more than one value a voxel, larger than allowed, or without a usable spacing; for a series see ``dinoreg.dicom``.
     """
-    suffix = image_suffix(path)
+    suffix = "DICOM" if path.is_dir() else image_suffix(path)
     if suffix is None:
-        raise InputError(f"{path}: expected one of {', '.join(SUFFIXES)}; convert the image")
-    if not path.is_file():
+        raise InputError(f"{path}: expected one of {', '.join(SUFFIXES)}, or a folder with a DICOM series; convert the image")
+    if suffix != "DICOM" and not path.is_file():
         raise InputError(f"{path}: no such file; check the path and that the data set is complete")
     limit = MAX_BYTES if max_bytes is None else max_bytes
     try:
-        array, affine = (_read_nifti if suffix.startswith(".nii") else _read_itk)(path, suffix, limit)
+        if suffix == "DICOM":
+            array, lps = read_series(path, limit)
+            affine = _LPS_FROM_RAS @ lps
+        else:
+            array, affine = (_read_nifti if suffix.startswith(".nii") else _read_itk)(path, suffix, limit)
     except (InputError, MemoryError):
         raise
     except Exception as error:  # given damaged bytes, a reader raises OSError, EOFError, zlib.error, HeaderDataError...

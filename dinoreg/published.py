@@ -22,12 +22,12 @@ import itertools
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from tqdm import tqdm
 
 from dinoreg.config import PublishedConfig, QuirksConfig
 from dinoreg.convex import COUPLING, candidates
 from dinoreg.errors import InputError
 from dinoreg.grid import apply_axes, area_matrix, box_matrix, linear_matrix, shape3, warp
+from dinoreg.stages import advance
 
 CHUNK = 4  # channels of which the slope is computed at a time: bounds the memory, and changes no sum but in its order
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's usual constants
@@ -137,7 +137,7 @@ def refine(fixed: Tensor, moving: Tensor, disp: Tensor, config: PublishedConfig,
     adjoint = [matrix.T.contiguous() for matrix in smooth]
     vectors, first, second = disp.clone(), torch.zeros_like(disp), torch.zeros_like(disp)
     losses = []
-    for t in tqdm(range(1, config.iterations + 1), desc="refining", leave=False, disable=None):
+    for t in range(1, config.iterations + 1):
         disp = apply_axes(vectors, smooth)
         loss, slope = _data(fixed, moving, disp, quirks)
         roughness, bend = _diffusion(disp)
@@ -146,6 +146,7 @@ def refine(fixed: Tensor, moving: Tensor, disp: Tensor, config: PublishedConfig,
         first.lerp_(slope, 1 - BETA1)
         second.lerp_(slope.square_(), 1 - BETA2)
         vectors.addcdiv_(first, (second / (1 - BETA2**t)).sqrt_().add_(EPSILON), value=-config.rate / (1 - BETA1**t))
+        advance(t, config.iterations)
     return disp, losses
 
 

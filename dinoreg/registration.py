@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from dinoreg.published_features import encode_pair, slice_masks, voxel_features
 from dinoreg.refine import LNCC, FeatureSSD, Similarity, Sum, refine
 from dinoreg.result import Registration
 from dinoreg.slices import PatchEncoder, volume_tokens
-from dinoreg.stages import stage
+from dinoreg.stages import advance, stage
 from dinoreg.volume import Volume
 from dinoreg.weights import load_encoder
 
@@ -164,8 +165,9 @@ class Registrar:
             projected = encode_pair((shown[0], shown[1]), (bodies[0], bodies[1]), affine, self.encoder, self.config, self.device)
             return replace(pair, dino=projected)
         window = bodies[0] | bodies[1]
-        fixed, moving = (volume_tokens(image, body, affine, self.encoder, self.config.encoder, window=window)
-                         for image, body in zip(shown, bodies, strict=True))
+        fixed, moving = (volume_tokens(image, body, affine, self.encoder, self.config.encoder, window=window,
+                                       progress=partial(advance, part=half, parts=2))
+                         for half, (image, body) in enumerate(zip(shown, bodies, strict=True)))
         return replace(pair, dino=pair_features(fixed, moving, self.config.pca, self.device))
 
     def _discrete(self, pair: PairFeatures, spacing: Sequence[float]) -> tuple[Tensor, float]:
@@ -174,7 +176,7 @@ class Registrar:
             return published.discrete(*voxel_features(pair, self.config.quirks), self.config.published, self.config.quirks)
         config, shape = self.config.discrete, shape3(pair.fixed)
         disp, saturated = pair.fixed.new_zeros((3, 1, 1, 1)), []
-        for cells, pool, reach in config.levels:
+        for number, (cells, pool, reach) in enumerate(config.levels, 1):
             cell = max(n * s for n, s in zip(shape, spacing, strict=True)) / cells
             fine = lattice_shape(shape, spacing, cell)
             coarse = lattice_shape(fine, (1.0, 1.0, 1.0), pool)
@@ -183,6 +185,7 @@ class Registrar:
             step, share = discrete(fixed, moving, reach, coarse, config.consistency_iterations)
             disp = compose(resize_disp(disp, coarse), step)
             saturated.append(share)
+            advance(number, len(config.levels))
         return disp, saturated[0]
 
     def _refine(self, pair: PairFeatures, disp: Tensor, spacing: Sequence[float]) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -192,7 +195,13 @@ class Registrar:
             disp, losses = published.refine(*features, disp, self.config.published, self.config.quirks)
             return disp, [{"lattice": list(shape3(disp)), "iterations": len(losses), "loss_first": losses[0] if losses else None,
                            "loss_last": losses[-1] if losses else None}]
-        config, shape, history = self.config.refine, shape3(pair.fixed), []
+        config, shape = self.config.refine, shape3(pair.fixed)
+        history: list[dict[str, Any]] = []
+        total = sum(iterations for _, iterations in config.levels)
+
+        def tick(done: int, _: float) -> None:
+            advance(sum(level["iterations"] for level in history) + done, total)
+
         for factor, iterations in config.levels:
             lattice = lattice_shape(shape, spacing, factor * min(spacing))
             cell = [n * s / m for n, s, m in zip(shape, spacing, lattice, strict=True)]
@@ -202,7 +211,8 @@ class Registrar:
             if config.features:
                 terms.append((config.features, FeatureSSD(*pair.on(lattice))))
             disp, losses = refine(Sum(terms), resize_disp(disp, lattice), cell, iterations, rate=config.rate,
-                                  regularity=config.regularity, step_sigma=config.step_sigma, damping=config.damping)
+                                  regularity=config.regularity, step_sigma=config.step_sigma, damping=config.damping,
+                                  progress=tick)
             history.append({"lattice": list(lattice), "cell_mm": [round(c, 3) for c in cell], "iterations": iterations,
                             "loss_first": losses[0] if losses else None, "loss_last": losses[-1] if losses else None})
         return disp, history

@@ -14,7 +14,10 @@ memory, 2 n d bytes a slice, and nothing else grows with the number of slices.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +25,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dinoreg.config import EncoderConfig
 from dinoreg.errors import RegistrationError
@@ -35,6 +37,9 @@ FOREGROUND = 0.5  # share of a patch inside the mask from which its token counts
 TOKENS_A_BATCH = {"cuda": 16384, "cpu": 4096}  # a GPU is busy with 16k tokens; a CPU gains nothing from more than a slice
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+WORTH_SAYING = 10.0  # seconds that encoding will take, from which an estimate is logged
+
+log = logging.getLogger(__name__)
 
 
 class PatchEncoder(Protocol):
@@ -124,7 +129,7 @@ class _Line:
 
 
 def volume_tokens(volume: Tensor, mask: Tensor, affine: npt.NDArray[np.float64], encoder: PatchEncoder, config: EncoderConfig,
-                  *, window: Tensor | None = None) -> TokenGrid:
+                  *, window: Tensor | None = None, progress: Callable[[int, int], None] | None = None) -> TokenGrid:
     """Encode a volume slice by slice.
 
     Args:
@@ -135,6 +140,7 @@ def volume_tokens(volume: Tensor, mask: Tensor, affine: npt.NDArray[np.float64],
         config: plane, gap, size of the token grid, normalisation.
         window: (i, j, k) bool whose bounding box is shown, ``mask`` by default. For a pair on one grid give the union of both
             masks, so that both are seen at the same scale.
+        progress: called after every batch with the number of slices encoded and to be encoded.
 
     Returns:
         The tokens with their geometry. Slices lie exactly on voxel indices; the first and the last one of the window are
@@ -164,7 +170,8 @@ def volume_tokens(volume: Tensor, mask: Tensor, affine: npt.NDArray[np.float64],
     mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
 
     tokens: Tensor | None = None
-    for start in tqdm(range(0, len(wanted), size), desc="encoding", unit="batch", leave=False, disable=None):
+    began = time.monotonic()
+    for start in range(0, len(wanted), size):
         numbers = wanted[start : start + size]
         grey = torch.stack([to_rows @ slices[indices[n]].to(device, torch.float32) @ to_cols.T for n in numbers])
         images = grey[:, None].expand(-1, 3, -1, -1)  # (b, 3, height, width)
@@ -176,6 +183,12 @@ def volume_tokens(volume: Tensor, mask: Tensor, affine: npt.NDArray[np.float64],
         if tokens is None:
             tokens = torch.zeros(len(indices), *found.shape[1:], dtype=torch.float16)
         tokens[numbers] = found
+        seconds = time.monotonic() - began
+        if start == 0 and (estimate := seconds / len(numbers) * len(wanted)) > WORTH_SAYING:
+            log.info("encoding %d slices will take about %.0f s (the first %d took %.1f s)", len(wanted), estimate, len(numbers),
+                     seconds)
+        if progress is not None:
+            progress(start + len(numbers), len(wanted))
     assert tokens is not None  # wanted is not empty
     return TokenGrid(tokens, foreground.cpu(), geometry)
 

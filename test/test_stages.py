@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinoreg.errors import RegistrationError
-from dinoreg.stages import stage
+from dinoreg.stages import advance, stage, watched
 
 TOO_MUCH = 2**58  # bytes: more than any address space has
 
@@ -40,3 +40,26 @@ def test_gpu_memory_that_runs_out_is_told_apart(error: Exception) -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="shapes"), stage("refine", {}):
         raise RuntimeError("shapes do not match")
+
+
+def test_whoever_watches_sees_every_stage_from_its_beginning_to_its_end() -> None:
+    seen: list[tuple[str, int, int]] = []
+    with watched(lambda *step: seen.append(step)):
+        with stage("read", {}):
+            pass
+        with stage("encode", {}):
+            advance(1, 3, part=0, parts=2)
+            advance(2, 3, part=1, parts=2)
+    with stage("write", {}):
+        advance(1, 2)
+    assert seen == [("read", 0, 1), ("read", 1, 1), ("encode", 0, 1), ("encode", 1, 6), ("encode", 5, 6), ("encode", 6, 6)]
+
+
+def test_an_exception_of_the_watcher_ends_the_run_and_nobody_watches_after() -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), watched(stop), stage("read", {}):
+        pytest.fail("the stage must not begin")
+    with stage("read", {}):
+        pass
