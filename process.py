@@ -33,11 +33,13 @@ from dinoreg.config import FEATURES, PRESETS, auto_preset, get_preset, modality
 from dinoreg.errors import ConfigError, DinoRegError, InputError, OutputError
 from dinoreg.grandchallenge import parse_sockets
 from dinoreg.io import check_writable, write_json
-from dinoreg.jobs import Case, Images, Job, find_job, load_case, write_case
+from dinoreg.jobs import Case, Images, Job, find_job, write_case
+from dinoreg.progress import shown
 from dinoreg.registration import Registrar
-from dinoreg.report import failure_record, field_metrics, file_record, one_line, run_record, summary_line
+from dinoreg.report import failure_record, run_record
 from dinoreg.result import Registration
-from dinoreg.stages import stage
+from dinoreg.run import run_case
+from dinoreg.volume import Volume
 
 log = logging.getLogger("dinoreg.process")
 
@@ -102,48 +104,12 @@ class DinoReg(Algorithm):
     def process_case(self, *, idx: int, case: Any) -> dict[str, Any]:
         case = Case(**case)
         log.info("pair %d of %d: %s", idx + 1, len(self.loader.job.cases), case.name)
-        record: dict[str, Any] = {"name": case.name, "modalities": list(case.modalities)}
-        try:
-            return record | self.register(case)
-        except DinoRegError as error:
-            log.error("%s: %s", case.name, one_line(str(error)))
-            return record | {"error": failure_record(error)}
-        except Exception as error:
-            log.exception("%s: unexpected error", case.name)
-            return record | {"error": failure_record(error)}
+        return run_case(case, self.config, lambda case, images: self.predict(input_image=(case, images)), self.write,
+                        output=self._output_path, root=self._input_path)
 
-    def register(self, case: Case) -> dict[str, Any]:
-        """Read, register and write one case; the record for the report."""
-        stages: dict[str, dict[str, float]] = {}
-        with stage("read", stages):
-            images = load_case(case)
-            inputs = {role: file_record(path, self._input_path) for role in ("fixed", "moving", "fixed_mask", "moving_mask")
-                      if (path := getattr(case, role))}
-        for warning in images.warnings:
-            log.warning("%s: %s", case.name, warning)
-        registration = self.predict(input_image=(case, images))
-        stages |= registration.stages
-        warnings = [*images.warnings, *registration.warnings]
-        with stage("write", stages):
-            warped = registration.warp(images.moving) if case.warped else None
-            files = write_case(case, self._output_path, images, registration.disp, warped, vector_field=self.options.vector_field)
-        with stage("metrics", stages):
-            field = field_metrics(registration.disp, images.fixed.spacing)
-        if case.picture and warped:
-            try:
-                with stage("picture", stages):
-                    from dinoreg.qc import write_qc  # here, for matplotlib takes its time to load
-
-                    write_qc(self._output_path / case.picture, images.fixed, images.moving, warped, registration.disp,
-                             title=f"{case.name}, preset {self.preset}, features {self.config.features}",
-                             summary=summary_line(field, len(warnings)))
-                files.append(self._output_path / case.picture)
-            except Exception as error:  # the field is there and good: a picture less is no failure
-                warnings.append(f"{case.picture} could not be drawn ({one_line(str(error))})")
-                log.warning("%s: %s", case.name, warnings[-1])
-        outputs = [file_record(path, self._output_path) for path in files]
-        return {"inputs": inputs, "outputs": outputs, "stages": stages, "field": field, "info": registration.info,
-                "warnings": warnings}
+    def write(self, case: Case, images: Images, registration: Registration, warped: Volume | None) -> list[Path]:
+        """Write field and images; their files."""
+        return write_case(case, self._output_path, images, registration.disp, warped, vector_field=self.options.vector_field)
 
     def predict(self, *, input_image: tuple[Case, Images]) -> Registration:
         case, images = input_image
@@ -211,7 +177,8 @@ def main(arguments: Sequence[str] | None = None, registrar_factory: Callable[...
         options = parse_options(arguments)
         set_up_logging(options.log)
         algorithm = DinoReg(options, registrar_factory)
-        algorithm.process()
+        with shown():
+            algorithm.process()
         failures = [(f"{record['name']}: ", record["error"]) for record in algorithm._case_results if "error" in record]
         summary = f"{len(failures)} of {len(algorithm._case_results)} pairs failed; "
     except Exception as error:

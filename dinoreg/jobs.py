@@ -30,10 +30,11 @@ class Case:
         fixed, moving, fixed_mask, moving_mask: the files; masks where there are any.
         modalities: of the fixed and the moving image; "" where unknown.
         fields: names of the displacement field relative to the output folder; the same bytes under each.
-        warped, picture: names of the warped moving image and of the quality picture relative to the output folder; None where the
-            contract has no place for them.
+        warped, picture, page: names of the warped moving image, of the quality picture and of the page around it relative to the
+            output folder; None where the contract has no place for them.
         same_grid: the contract counts displacements from voxel to voxel of two arrays of one shape, whatever their headers say.
         problem: why the case cannot be done; None if nothing is known against it.
+        moved: an initial transform is applied first, so the headers need not overlap.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Case:
     picture: str | None
     same_grid: bool
     problem: str | None = None
+    page: str | None = None
+    moved: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ def load_case(case: Case) -> Images:
                 unreadable.append(str(error))
     problems = []
     if "fixed" in volumes and "moving" in volumes:
-        problems += check_pair(volumes["fixed"], volumes["moving"], same_grid=case.same_grid)
+        problems += [problem for problem in check_pair(volumes["fixed"], volumes["moving"], same_grid=case.same_grid)
+                     if not (case.moved and problem.code in ("no-overlap", "small-overlap"))]
         if case.same_grid:
             volumes = {role: replace(volume, affine=volumes["fixed"].affine) for role, volume in volumes.items()}
     for role, volume in volumes.items():

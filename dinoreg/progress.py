@@ -39,8 +39,10 @@ class Bars:
 
 
 @contextmanager
-def shown(stream: TextIO = sys.stderr) -> Iterator[None]:
-    """Show the stages within as bars if ``stream`` is a terminal; elsewhere they are told by a line each in the log."""
+def shown(stream: TextIO | None = None) -> Iterator[None]:
+    """Show the stages within as bars if ``stream`` (standard error if not given) is a terminal; elsewhere they are told by a line
+    each in the log."""
+    stream = stream or sys.stderr
     if not stream.isatty():
         yield
         return

@@ -21,21 +21,27 @@ from dinoreg.stages import peak_memory_mb
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "SimpleITK", "safetensors", "matplotlib", "evalutils")
 
 
-def file_record(path: Path, root: Path) -> dict[str, Any]:
-    """Name relative to ``root``, size and sha256 of a file.
+def file_record(path: Path, root: Path | None) -> dict[str, Any]:
+    """Name, size and sha256 of a file, or of all files of a folder (a DICOM series), one after the other by name.
+
+    Args:
+        path: the file or folder.
+        root: what the name is relative to; None: the path as it is.
 
     Raises:
         InputError: if it cannot be read.
     """
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), 0
     try:
-        with path.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-            size = stream.tell()
+        for part in sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]:
+            with part.open("rb") as stream:
+                while block := stream.read(2**20):
+                    digest.update(block)
+                size += stream.tell()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check that it is still there") from error
-    return {"file": path.relative_to(root).as_posix(), "bytes": size, "sha256": digest.hexdigest()}
+    name = path if root is None else path.relative_to(root)
+    return {"file": name.as_posix(), "bytes": size, "sha256": digest.hexdigest()}
 
 
 def field_metrics(disp: npt.NDArray[np.float32], spacing: Sequence[float]) -> dict[str, float | None]:
