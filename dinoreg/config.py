@@ -111,6 +111,7 @@ class RefineConfig:
     levels: tuple[tuple[float, int], ...] = ((2, 60), (1, 40))  # (cell in the smallest voxel spacing, iterations)
     lncc: float = 0.0  # weight of the local cross-correlation of intensities: where modalities match
     features: float = 1.0  # weight of the squared feature difference: where they do not
+    information: float = 0.0  # weight of the mutual information of intensities: between CT and MR, beside features
     window: int = 7  # cells, width of the local cross-correlation's window
     rate: float = 0.25  # cells a step
     regularity: float = 0.5  # weight of the diffusion energy against the data term
@@ -120,8 +121,9 @@ class RefineConfig:
     def __post_init__(self) -> None:
         _require(all(cell >= 0.5 and isinstance(iterations, int) and iterations >= 0 for cell, iterations in self.levels),
                  f"refine.levels: cells must be at least 0.5, iterations whole numbers from 0; got {self.levels}")
-        _require(self.lncc >= 0 and self.features >= 0 and self.lncc + self.features > 0,
-                 "refine.lncc and refine.features must not be negative, and one of them positive")
+        weights = (self.lncc, self.features, self.information)
+        _require(min(weights) >= 0 and max(weights) > 0,
+                 "refine.lncc, refine.features and refine.information must not be negative, and one of them positive")
         _require(self.window >= 3 and self.window % 2 == 1, f"refine.window must be odd and at least 3; got {self.window}")
         _require(0 < self.rate <= 1, f"refine.rate must lie in (0, 1]: longer steps may fold; got {self.rate}")
         _require(self.regularity >= 0 and self.step_sigma >= 0 and self.damping > 0,
@@ -266,7 +268,8 @@ PRESETS: dict[str, Config] = {
                refine=RefineConfig(levels=((4, 60), (2, 60), (1, 30)), lncc=1.0, features=0.0, regularity=2.0)),
         # MIND needs no window and loses by a narrow one; the encoder sees soft tissue, as published.
         Config("abdomen-mrct", modalities=("MR", "CT"), intensity=IntensityConfig(ct_window=(-1000.0, 1000.0)),
-               encoder_intensity=IntensityConfig(ct_window=(-150.0, 250.0), percentiles=(0.0, 97.0))),
+               encoder_intensity=IntensityConfig(ct_window=(-150.0, 250.0), percentiles=(0.0, 97.0)),
+               discrete=DiscreteConfig(levels=((48, 2, 6), (96, 3, 4), (96, 2, 3))), refine=RefineConfig(information=0.2)),
         # Local cross-correlation sees any locally linear relation, an inverted contrast (T1 to T2) too.
         Config("brain-mr", modalities=("MR", "MR"), discrete=DiscreteConfig(levels=((48, 2, 6),)),
                refine=RefineConfig(levels=((4, 60), (2, 60), (1, 40)), lncc=1.0, features=0.0)),

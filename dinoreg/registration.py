@@ -28,7 +28,7 @@ from dinoreg.grid import compose, lattice_shape, resize_disp, shape3, unfold
 from dinoreg.initial import checked, folded, undone
 from dinoreg.preprocess import body_mask, grown, on_grid, to_unit_range, valid_region
 from dinoreg.published_features import encode_pair, slice_masks, voxel_features
-from dinoreg.refine import LNCC, FeatureSSD, Similarity, Sum, refine
+from dinoreg.refine import LNCC, FeatureSSD, MutualInformation, Similarity, Sum, refine
 from dinoreg.result import Registration
 from dinoreg.slices import PatchEncoder, volume_tokens
 from dinoreg.stages import advance, stage
@@ -210,6 +210,8 @@ class Registrar:
                 terms.append((config.lncc, LNCC(*pair.images(lattice), config.window)))
             if config.features:
                 terms.append((config.features, FeatureSSD(*pair.on(lattice))))
+            if config.information:
+                terms.append((config.information, MutualInformation(*pair.images(lattice))))
             disp, losses = refine(Sum(terms), resize_disp(disp, lattice), cell, iterations, rate=config.rate,
                                   regularity=config.regularity, step_sigma=config.step_sigma, damping=config.damping,
                                   progress=tick)
