@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from dinoreg.grid import Shape, apply_axes, area_matrix, box_matrix, shape3, warp
 
 COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # published schedule, for a cost of order 1 and distances in coarse cells
+CLEAR_CELLS, CLEAR_COST = 1.5, 0.15  # see ``confidence``
 UNKNOWN = 0.1  # share of a cell that counts as compared with unrelated tissue (cost 1): decides where little overlaps
 
 
@@ -102,6 +103,35 @@ def coupled_convex(cost: Tensor, steps: Tensor) -> Tensor:
     return disp
 
 
+def confidence(cost: Tensor, steps: Tensor, disp: Tensor) -> Tensor:
+    """How clear the match of each cell is: how much dearer every candidate is that lies elsewhere.
+
+    Elsewhere is more than ``CLEAR_CELLS`` cells from the field. With m the cheapest cost there less the cheapest cost around the
+    field, confidence is 1 - exp(-m / CLEAR_COST), and 0 where m < 0: elsewhere is cheaper, and the field is what its
+    neighbours say. Unrelated tissue has a cost of 1. Compared with the spread and entropy of exp(-cost / T), the distance of the
+    cheapest candidate from the field and the disagreement of both directions, this margin says most about the error
+    (benchmarks/confidence.py).
+
+    Args:
+        cost: (n, i, j, k), of order 1.
+        steps: the candidates (n, 3), cells of the cost's lattice.
+        disp: (3, i, j, k), the field, cells.
+
+    Returns:
+        (i, j, k) in [0, 1).
+    """
+    field = disp.reshape(3, -1)
+    near = cost.new_full((field.shape[1],), torch.inf)
+    far = near.clone()
+    for some, costs in zip(torch.split(steps, 128), torch.split(cost.flatten(1), 128), strict=True):  # keeps the memory small
+        squared = some.square().sum(1)[:, None] - 2 * some @ field + field.square().sum(0)
+        elsewhere = squared > CLEAR_CELLS**2
+        near = torch.minimum(near, costs.masked_fill(elsewhere, torch.inf).amin(0))
+        far = torch.minimum(far, costs.masked_fill(~elsewhere, torch.inf).amin(0))
+    margin = torch.where(near.isfinite() & far.isfinite(), far - near, 0.0).clamp_min(0)
+    return (1 - torch.exp(-margin / CLEAR_COST)).reshape(shape3(disp))
+
+
 def inverse_consistent(forward: Tensor, backward: Tensor, iterations: int = 15) -> tuple[Tensor, Tensor]:
     """Move a pair of fields (3, i, j, k) towards being each other's inverse: half the way an iteration (ConvexAdam)."""
     for _ in range(iterations):
@@ -110,7 +140,7 @@ def inverse_consistent(forward: Tensor, backward: Tensor, iterations: int = 15) 
 
 
 def discrete(fixed: FeatureVolume, moving: FeatureVolume, half_width: int, coarse: Shape,
-             consistency_iterations: int) -> tuple[Tensor, float]:
+             consistency_iterations: int) -> tuple[Tensor, float, Tensor]:
     """Register in both directions.
 
     Args:
@@ -120,14 +150,18 @@ def discrete(fixed: FeatureVolume, moving: FeatureVolume, half_width: int, coars
         consistency_iterations: of ``inverse_consistent``; 0 skips the other direction.
 
     Returns:
-        The field fixed -> moving (3, *coarse) in coarse cells, and the share of cells whose field reaches the edge of the search.
+        The field fixed -> moving (3, *coarse) in coarse cells, the share of cells whose field reaches the edge of the search, and
+        ``confidence`` (*coarse).
     """
     ratio = torch.tensor([b / a for a, b in zip(shape3(fixed.features), coarse, strict=True)])
     steps = (candidates(half_width) * ratio).to(fixed.features.device)
-    forward = coupled_convex(cost_volume(fixed, moving, half_width, coarse), steps)
+    cost = cost_volume(fixed, moving, half_width, coarse)
+    forward = coupled_convex(cost, steps)
+    clear = confidence(cost, steps, forward)
+    del cost  # the other direction needs as much
     reach = (forward.abs() / (half_width * ratio.to(forward))[:, None, None, None]).amax(0)
     saturated = float((reach > 0.9).float().mean())
     if consistency_iterations:
         backward = coupled_convex(cost_volume(moving, fixed, half_width, coarse), steps)
         forward, _ = inverse_consistent(forward, backward, consistency_iterations)
-    return forward, saturated
+    return forward, saturated, clear

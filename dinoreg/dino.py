@@ -15,15 +15,16 @@ Cost for a grid of s x h x w tokens of C channels, c components and m cells: 2 s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dinoreg.config import PcaConfig
-from dinoreg.grid import Shape, apply_axes, linear_weights
+from dinoreg.grid import Shape, apply_axes, linear_weights, resize_disp, warp
 from dinoreg.pca import Basis, fit_basis, project, token_moments
 from dinoreg.slices import TokenGeometry, TokenGrid
 
@@ -82,6 +83,26 @@ class ProjectedPair:
     def sample(self, lattice: Shape) -> tuple[LatticeFeatures, LatticeFeatures]:
         """Features of the fixed and of the moving volume on a lattice of cells (i, j, k); see ``ProjectedGrid.sample``."""
         return self.fixed.sample(lattice), self.moving.sample(lattice)
+
+    def colours(self, lattice: Shape, disp: Tensor) -> npt.NDArray[np.uint8]:
+        """What the encoder saw, for people: the first three components as red, green and blue, on one scale for both volumes.
+
+        Args:
+            lattice: cells along (i, j, k).
+            disp: (3, i, j, k) on any lattice over the volumes, in its cells: the moving volume is pulled back by it.
+
+        Returns:
+            (2, *lattice, 3), fixed and moving; black where there is no foreground.
+        """
+        leading = (replace(grid, features=grid.features[..., :3]).sample(lattice) for grid in (self.fixed, self.moving))
+        fixed, moving = (pad(torch.cat([found.values, found.weight[None]]), (0,) * 6 + (3 - len(found.values), 0))
+                         for found in leading)  # (4, i, j, k); red is missing first where there are fewer than three components
+        both = torch.stack([fixed, warp(moving, resize_disp(disp, lattice))]).cpu().numpy()
+        values, weight = both[:, :3], both[:, 3:]
+        inside = values.swapaxes(0, 1)[:, weight[:, 0] > 0.5]  # (3, n)
+        low, high = np.percentile(inside, (2, 98), axis=1)[:, None, :, None, None, None] if inside.size else (0.0, 1.0)
+        unit = ((values - low) / np.maximum(high - low, 1e-6)).clip(0, 1) * weight
+        return np.asarray(np.rint(255 * np.moveaxis(unit, 1, -1)), dtype=np.uint8)
 
 
 def pair_features(fixed: TokenGrid, moving: TokenGrid, config: PcaConfig, device: torch.device | str = "cpu") -> ProjectedPair:

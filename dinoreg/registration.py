@@ -24,7 +24,7 @@ from dinoreg.convex import discrete
 from dinoreg.dino import pair_features
 from dinoreg.errors import ConfigError, InputError, RegistrationError
 from dinoreg.features import PairFeatures
-from dinoreg.grid import compose, lattice_shape, resize_disp, shape3, unfold
+from dinoreg.grid import compose, lattice_shape, resize, resize_disp, shape3, unfold
 from dinoreg.initial import checked, folded, undone
 from dinoreg.preprocess import body_mask, grown, on_grid, to_unit_range, valid_region
 from dinoreg.published_features import encode_pair, slice_masks, voxel_features
@@ -37,6 +37,7 @@ from dinoreg.weights import load_encoder
 
 log = logging.getLogger(__name__)
 
+COLOUR_CELLS = 96  # along the longest side of the picture of what the encoder saw
 SATURATED = 0.02  # share of cells at the edge of the search above which a warning is given
 
 
@@ -80,7 +81,8 @@ class Registrar:
 
     @torch.no_grad()
     def register(self, fixed: Volume, moving: Volume, *, fixed_mask: Volume | None = None, moving_mask: Volume | None = None,
-                 modalities: Sequence[str] = ("", ""), initial: npt.ArrayLike | None = None) -> Registration:
+                 modalities: Sequence[str] = ("", ""), initial: npt.ArrayLike | None = None,
+                 colours: bool = False) -> Registration:
         """Register a pair.
 
         Args:
@@ -89,6 +91,7 @@ class Registrar:
                 by 3 voxels: a contour is seen by both of its sides.
             modalities: of fixed and moving image ("CT", "CBCT", "MR" or ""), over those of the preset.
             initial: 4x4, RAS mm, fixed point -> moving point: where to start, after the headers. It becomes part of the field.
+            colours: also give what DINOv2 saw, as colours, for a report.
 
         Raises:
             InputError: an image with non-finite values or without contrast, no overlap, or an unusable initial transform.
@@ -110,7 +113,7 @@ class Registrar:
             with stage("encode", stages):
                 pair = self._encode(pair, shown, bodies, fixed.affine)
         with stage("discrete", stages):
-            disp, saturated = self._discrete(pair, fixed.spacing)
+            disp, saturated, clear = self._discrete(pair, fixed.spacing)
             info["saturated"] = saturated
             if saturated > SATURATED:
                 warnings.append(f"the motion reaches the edge of the search range in {100 * saturated:.0f} % of the volume: look "
@@ -121,10 +124,15 @@ class Registrar:
             disp = resize_disp(disp, fixed.shape)
             if not self.config.quirks.folds_kept:
                 disp, info["repaired_voxels"] = unfold(disp)
+            seen = None
+            if colours and pair.dino is not None:
+                longest = max(n * s for n, s in zip(fixed.shape, fixed.spacing, strict=True))
+                seen = pair.dino.colours(lattice_shape(fixed.shape, fixed.spacing, longest / COLOUR_CELLS), disp)
+            confidence = None if clear is None else resize(clear, fixed.shape).cpu().numpy()
             result = folded(disp.float().cpu().numpy(), start, fixed.affine)
         if not np.isfinite(result).all():
             raise RegistrationError("the field holds values that are not finite; please report this with the images' headers")
-        return Registration(result, fixed.affine, stages, warnings, info, start)
+        return Registration(result, fixed.affine, stages, warnings, info, start, confidence, seen)
 
     def _prepare(self, fixed: Volume, moving: Volume, fixed_mask: Volume | None, moving_mask: Volume | None,
                  kinds: Sequence[str]) -> tuple[PairFeatures, list[Tensor], list[Tensor]]:
@@ -170,23 +178,26 @@ class Registrar:
                          for half, (image, body) in enumerate(zip(shown, bodies, strict=True)))
         return replace(pair, dino=pair_features(fixed, moving, self.config.pca, self.device))
 
-    def _discrete(self, pair: PairFeatures, spacing: Sequence[float]) -> tuple[Tensor, float]:
-        """The field on the last level's coarse lattice, and the share of the first one's that reaches the edge of the search."""
+    def _discrete(self, pair: PairFeatures, spacing: Sequence[float]) -> tuple[Tensor, float, Tensor | None]:
+        """The field on the last level's coarse lattice, the share of the first one's that reaches the edge of the search, and the
+        confidence: that of all levels, multiplied (solver "composed")."""
         if self.config.solver == "published":
-            return published.discrete(*voxel_features(pair, self.config.quirks), self.config.published, self.config.quirks)
+            features = voxel_features(pair, self.config.quirks)
+            return *published.discrete(*features, self.config.published, self.config.quirks), None
         config, shape = self.config.discrete, shape3(pair.fixed)
-        disp, saturated = pair.fixed.new_zeros((3, 1, 1, 1)), []
+        disp, clear, saturated = pair.fixed.new_zeros((3, 1, 1, 1)), pair.fixed.new_ones((1, 1, 1)), []
         for number, (cells, pool, reach) in enumerate(config.levels, 1):
             cell = max(n * s for n, s in zip(shape, spacing, strict=True)) / cells
             fine = lattice_shape(shape, spacing, cell)
             coarse = lattice_shape(fine, (1.0, 1.0, 1.0), pool)
             fixed, moving = pair.on(fine)
             moving = moving.warp(resize_disp(disp, fine))
-            step, share = discrete(fixed, moving, reach, coarse, config.consistency_iterations)
+            step, share, sure = discrete(fixed, moving, reach, coarse, config.consistency_iterations)
             disp = compose(resize_disp(disp, coarse), step)
+            clear = resize(clear, coarse) * sure
             saturated.append(share)
             advance(number, len(config.levels))
-        return disp, saturated[0]
+        return disp, saturated[0], clear
 
     def _refine(self, pair: PairFeatures, disp: Tensor, spacing: Sequence[float]) -> tuple[Tensor, list[dict[str, Any]]]:
         """The field on the finest lattice, and what happened on each."""

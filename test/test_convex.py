@@ -164,7 +164,7 @@ def test_cells_without_evidence_follow_their_neighbours() -> None:
 def test_a_shift_of_whole_cells_is_recovered(shape: Shape, shift: tuple[int, int, int]) -> None:
     fixed, moving = shifted_pair(shape, shift)
     coarse = (shape[0] // 2, shape[1] // 2, shape[2] // 2)
-    disp, saturated = discrete(fixed, moving, 4, coarse, 15)
+    disp, saturated, _ = discrete(fixed, moving, 4, coarse, 15)
     found = disp * torch.tensor([n / m for n, m in zip(shape, coarse, strict=True)])[:, None, None, None]
     expected = torch.tensor(shift)[:, None, None, None].expand_as(found).float()
     # away from where the texture leaves the volume every cell picks the truth; means of it are exact but for rounding
@@ -177,33 +177,33 @@ def test_a_region_without_fixed_data_stays_calm() -> None:
     fixed, moving = shifted_pair((24, 20, 20), (2, -1, 3))
     weight = torch.ones(24, 20, 20)
     weight[12:] = 0
-    disp, _ = discrete(FeatureVolume(fixed.features, weight), moving, 4, (12, 10, 10), 0)
+    disp, _, _ = discrete(FeatureVolume(fixed.features, weight), moving, 4, (12, 10, 10), 0)
     shift = torch.tensor([1.0, -0.5, 1.5])[:, None, None, None]
     assert (disp * shift.sign() >= -1e-4).all() and (disp.abs() <= shift.abs() + 0.3).all()
 
 
 def test_equal_images_do_not_move_whatever_the_weights() -> None:
     fixed, _ = weighted_pair((14, 12, 16))
-    disp, saturated = discrete(fixed, fixed, 3, (7, 6, 8), 15)
+    disp, saturated, _ = discrete(fixed, fixed, 3, (7, 6, 8), 15)
     assert not disp.any() and saturated == 0
 
 
 @pytest.mark.parametrize("axes", [(0,), (1, 2)])
 def test_flipping_both_volumes_flips_the_field(axes: tuple[int, ...]) -> None:
     fixed, moving = (FeatureVolume(texture(6, 13, 12, 15, seed=s), torch.ones(13, 12, 15)) for s in (0, 1))
-    expected, _ = discrete(fixed, moving, 2, (6, 6, 7), 15)
+    expected, _, _ = discrete(fixed, moving, 2, (6, 6, 7), 15)
     turned = [FeatureVolume(v.features.flip([a + 1 for a in axes]), v.weight.flip(list(axes))) for v in (fixed, moving)]
-    found, _ = discrete(turned[0], turned[1], 2, (6, 6, 7), 15)
+    found, _, _ = discrete(turned[0], turned[1], 2, (6, 6, 7), 15)
     sign = torch.tensor([-1.0 if axis in axes else 1.0 for axis in range(3)])[:, None, None, None]
     torch.testing.assert_close(found.flip([a + 1 for a in axes]) * sign, expected, rtol=0, atol=1e-4)
 
 
 def test_permuting_axes_permutes_the_field() -> None:
     fixed, moving = (FeatureVolume(texture(6, 13, 12, 15, seed=s), torch.ones(13, 12, 15)) for s in (0, 1))
-    expected, _ = discrete(fixed, moving, 2, (6, 6, 7), 15)
+    expected, _, _ = discrete(fixed, moving, 2, (6, 6, 7), 15)
     order = (2, 0, 1)
     turned = [FeatureVolume(v.features.permute(0, *(a + 1 for a in order)), v.weight.permute(order)) for v in (fixed, moving)]
-    found, _ = discrete(turned[0], turned[1], 2, (7, 6, 6), 15)
+    found, _, _ = discrete(turned[0], turned[1], 2, (7, 6, 6), 15)
     torch.testing.assert_close(found, expected[list(order)].permute(0, *(a + 1 for a in order)), rtol=0, atol=1e-4)
 
 
