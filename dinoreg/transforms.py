@@ -1,0 +1,243 @@
+"""Transforms as files that other programs read: ITK displacement fields in millimetres, ITK transforms, matrices.
+
+Inside, points are RAS millimetres and a transform leads from a point of the fixed image to the same anatomy in the moving image.
+ITK's files hold LPS; they are converted here and nowhere else. A transform on a grid is ``disp`` as everywhere (3, i, j, k): voxels
+of the fixed grid, so that ``T(p) = F (F^-1 p + disp)`` with the grid's affine F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import SimpleITK as sitk
+from scipy import ndimage
+
+from dinoreg.errors import InputError, OutputError
+from dinoreg.io import atomic_write, image_suffix
+from dinoreg.volume import Volume
+
+Disp = npt.NDArray[np.float32]
+Matrix = npt.NDArray[np.float64]
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm <-> LPS mm
+TRANSFORM_SUFFIXES = (".tfm", ".txt", ".mat", ".h5", ".hdf5", ".xfm")
+FIELD_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd")
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """A transform from fixed to moving points.
+
+    Attributes:
+        itk: the same as ITK has it, in LPS mm.
+    """
+
+    itk: sitk.Transform
+
+    def points(self, points: npt.ArrayLike) -> Matrix:
+        """Points (n, 3) of the fixed image in RAS mm to the moving image, RAS mm. A field does not move what lies outside it."""
+        flip = np.array([-1.0, -1.0, 1.0])
+        moved = [self.itk.TransformPoint(point) for point in (np.asarray(points, dtype=np.float64) * flip).tolist()]
+        return np.asarray(np.array(moved, dtype=np.float64).reshape(-1, 3) * flip)
+
+    def field_on(self, grid: Volume) -> Disp:
+        """The transform as ``disp`` (3, i, j, k) float32 in voxels of a grid."""
+        reference = sitk.GetImageFromArray(np.zeros(grid.shape[::-1], dtype=np.uint8))
+        set_header(reference, grid.affine)
+        field = sitk.TransformToDisplacementField(self.itk, sitk.sitkVectorFloat64, reference.GetSize(), reference.GetOrigin(),
+                                                  reference.GetSpacing(), reference.GetDirection())
+        lps = sitk.GetArrayViewFromImage(field).transpose(3, 2, 1, 0)  # (3, i, j, k)
+        to_voxels = np.linalg.inv((LPS @ grid.affine)[:3, :3])
+        return np.asarray(np.einsum("ab,bijk->aijk", to_voxels, lps), dtype=np.float32)
+
+
+def from_disp(disp: npt.NDArray[np.floating], affine: Matrix) -> Transform:
+    """The transform of a displacement field (3, i, j, k) in voxels of the grid with this affine (voxel -> RAS mm)."""
+    return Transform(sitk.DisplacementFieldTransform(_field_image(disp.astype(np.float64), affine)))
+
+
+def from_matrix(matrix: Matrix) -> Transform:
+    """The transform of a 4x4 matrix, RAS mm, fixed point -> moving point."""
+    lps = LPS @ matrix @ LPS
+    affine = sitk.AffineTransform(3)
+    affine.SetMatrix(lps[:3, :3].ravel().tolist())
+    affine.SetTranslation(lps[:3, 3].tolist())
+    return Transform(affine)
+
+
+def set_header(image: sitk.Image, affine: Matrix) -> None:
+    """Give a 3D ITK image the place of an affine (voxel -> RAS mm)."""
+    lps = LPS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+
+
+def _field_image(disp: npt.NDArray[np.floating], affine: Matrix) -> sitk.Image:
+    """Displacements in LPS mm as an ITK vector image, of the type of ``disp``."""
+    lps = np.einsum("ab,bijk->kjia", (LPS @ affine)[:3, :3], disp).astype(disp.dtype)
+    image = sitk.GetImageFromArray(np.ascontiguousarray(lps), isVector=True)
+    set_header(image, affine)
+    return image
+
+
+def write_field_mm(path: Path, disp: Disp, fixed_affine: Matrix) -> None:
+    """Write a field as ITK, ANTs and 3D Slicer read it: a 3-vector a voxel of the fixed grid, LPS mm, float32.
+
+    Args:
+        path: .nii.gz or .nii (five dimensions, intent "vector"), .mha or .nrrd.
+        disp: (3, i, j, k), voxels of the fixed grid, fixed -> moving.
+        fixed_affine: of that grid, voxel -> RAS mm.
+
+    Raises:
+        OutputError: another suffix, or the file cannot be written.
+    """
+    if image_suffix(path) not in FIELD_SUFFIXES:
+        raise OutputError(f"{path}: expected a name that ends in {', '.join(FIELD_SUFFIXES)} for a field; choose another")
+    with atomic_write(path) as temporary:
+        try:
+            sitk.WriteImage(_field_image(disp.astype(np.float32), fixed_affine), str(temporary), True)
+        except RuntimeError as error:
+            raise OutputError(f"{path}: cannot be written ({_reason(error)}); check space and permissions") from error
+
+
+def write_composite(path: Path, disp: Disp, fixed_affine: Matrix, initial: Matrix) -> None:
+    """Write an ITK composite transform: the initial affine and what the field adds to it, ``T(p) = A(p + u(p))``.
+
+    Args:
+        path: .h5.
+        disp: the whole transform, (3, i, j, k), voxels of the fixed grid.
+        fixed_affine: of that grid, voxel -> RAS mm.
+        initial: A, 4x4, RAS mm, fixed -> moving; the identity if there was none.
+
+    Raises:
+        OutputError: another suffix, or the file cannot be written.
+    """
+    if path.suffix != ".h5":
+        raise OutputError(f"{path}: expected a name that ends in .h5 for a composite transform; choose another")
+    in_voxels = np.linalg.solve(fixed_affine, np.linalg.solve(initial, fixed_affine))  # A^-1 between fixed voxels
+    voxels = np.indices(disp.shape[1:], dtype=np.float64)
+    rest = np.einsum("ab,bijk->aijk", in_voxels[:3, :3], voxels + disp) + in_voxels[:3, 3, None, None, None] - voxels
+    whole = sitk.CompositeTransform([from_matrix(initial).itk, from_disp(rest, fixed_affine).itk])  # the last one comes first
+    with atomic_write(path) as temporary:
+        try:
+            sitk.WriteTransform(whole, str(temporary))
+        except RuntimeError as error:
+            raise OutputError(f"{path}: cannot be written ({_reason(error)}); check space and permissions") from error
+
+
+def read_transform(path: Path) -> Transform:
+    """Read a transform from fixed to moving image.
+
+    Args:
+        path: an ITK transform (.tfm, .txt, .mat, .h5, .xfm); 4x4 numbers as text (.txt; RAS mm); an ITK displacement field
+            (.nii.gz, .nii, .mha, .nrrd with a 3-vector a voxel, LPS mm); or the challenge's field (4D, last size 3, voxels of its
+            own grid).
+
+    Raises:
+        InputError: no such file, another format, or a transform that is not finite or cannot be inverted.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected a transform; got no such file; check the path")
+    suffix = image_suffix(path)
+    try:
+        if suffix in FIELD_SUFFIXES:
+            return _read_field(path)
+        if path.suffix not in TRANSFORM_SUFFIXES:
+            raise InputError(f"{path}: expected one of {', '.join((*TRANSFORM_SUFFIXES, *FIELD_SUFFIXES))} for a transform; got "
+                             f"{path.suffix or 'no suffix'}; convert it")
+        matrix = _matrix(path) if path.suffix == ".txt" else None
+        transform = from_matrix(matrix) if matrix is not None else Transform(sitk.ReadTransform(str(path)))
+    except RuntimeError as error:
+        raise InputError(f"{path}: expected an ITK transform or field; got a file that cannot be read ({_reason(error)}); write it "
+                         "again") from error
+    if transform.itk.GetDimension() != 3:
+        raise InputError(f"{path}: expected a 3D transform; got {transform.itk.GetDimension()} dimensions")
+    return transform
+
+
+def _matrix(path: Path) -> Matrix | None:
+    """A 4x4 matrix of a text file; None if the file holds something else."""
+    try:
+        matrix = np.loadtxt(path, dtype=np.float64, ndmin=2)
+    except ValueError:
+        return None
+    right = matrix.shape == (4, 4) and np.isfinite(matrix).all() and np.allclose(matrix[3], [0, 0, 0, 1])
+    if not right or abs(np.linalg.det(matrix[:3, :3])) < 1e-6:
+        raise InputError(f"{path}: expected a 4x4 matrix in RAS mm that can be inverted and ends in 0 0 0 1; got "
+                         f"{matrix.tolist()}; correct it")
+    return matrix
+
+
+def _read_field(path: Path) -> Transform:
+    image = sitk.ReadImage(str(path))
+    size, parts = image.GetSize(), image.GetNumberOfComponentsPerPixel()
+    if len(size) == 3 and parts == 3:
+        field = sitk.Cast(image, sitk.sitkVectorFloat64)
+    elif len(size) == 4 and size[3] == 3 and parts == 1:
+        voxels = sitk.GetArrayFromImage(image).transpose(0, 3, 2, 1).astype(np.float64)  # (3, i, j, k)
+        affine = np.eye(4)
+        affine[:3, :3] = (np.array(image.GetDirection()).reshape(4, 4) * np.array(image.GetSpacing()))[:3, :3]
+        affine[:3, 3] = image.GetOrigin()[:3]
+        field = _field_image(voxels, LPS @ affine)
+    else:
+        raise InputError(f"{path}: expected a field of 3-vectors (LPS mm), or 4D with 3 as the last size (voxels); got size "
+                         f"{size} with {parts} value{'' if parts == 1 else 's'} a voxel")
+    if not np.isfinite(sitk.GetArrayViewFromImage(field)).all():
+        raise InputError(f"{path}: expected finite displacements; got NaN or infinite ones; make the field again")
+    return Transform(sitk.DisplacementFieldTransform(field))
+
+
+def invert(disp: Disp, fixed_affine: Matrix, moving: Volume, iterations: int = 50,
+           tolerance: float = 0.01) -> tuple[Disp, npt.NDArray[np.float32]]:
+    """The inverse of a field, on the grid of the moving image: from a point of it to the fixed image.
+
+    Fixed-point iteration as in Chen et al. 2008, preconditioned by the affine part of the transform, so that a turn or a change
+    of scale is no obstacle; each point goes on until it is met.
+
+    Args:
+        disp: (3, i, j, k), voxels of the fixed grid, fixed -> moving; continued beyond the grid as at its border.
+        fixed_affine: of that grid, voxel -> RAS mm.
+        moving: the grid of the result.
+        iterations: at most.
+        tolerance: fixed voxels within which a point counts as met.
+
+    Returns:
+        The inverse in voxels of the moving grid (3, i', j', k'), and how far from each of its voxels the way there and back ends,
+        in mm (i', j', k'): more than the tolerance only where the field folds or nearly does.
+    """
+    lines = [np.arange(n, dtype=np.float64) for n in disp.shape[1:]]
+    steps = [slice(None, None, max(1, n // 16)) for n in disp.shape[1:]]
+    points = np.stack(np.meshgrid(*(line[step] for line, step in zip(lines, steps, strict=True)), indexing="ij"))
+    moved = points + disp[:, steps[0], steps[1], steps[2]]
+    design = np.vstack([points.reshape(3, -1), np.ones(points[0].size)])
+    affine = np.linalg.lstsq(design.T, moved.reshape(3, -1).T, rcond=None)[0].T  # (3, 4): moved = affine (x, 1)
+    back = np.linalg.pinv(affine[:, :3])
+
+    def forward(x: Matrix) -> Matrix:
+        return np.asarray(x + np.stack([ndimage.map_coordinates(part, x, order=1, mode="nearest") for part in disp]))
+
+    voxels = np.indices(moving.shape, dtype=np.float64).reshape(3, -1)
+    to_fixed = np.linalg.solve(fixed_affine, moving.affine)
+    target = to_fixed[:3, :3] @ voxels + to_fixed[:3, 3:]
+    found = back @ (target - affine[:, 3:])
+    error = forward(found) - target
+    left = np.flatnonzero(np.abs(error).max(0) > tolerance)
+    for _ in range(iterations):
+        if not left.size:
+            break
+        found[:, left] -= back @ error[:, left]
+        error[:, left] = forward(found[:, left]) - target[:, left]
+        left = left[np.abs(error[:, left]).max(0) > tolerance]
+    residual = np.linalg.norm(fixed_affine[:3, :3] @ error, axis=0).reshape(moving.shape)
+    from_fixed = np.linalg.inv(to_fixed)
+    inverse = from_fixed[:3, :3] @ found + from_fixed[:3, 3:] - voxels
+    return inverse.reshape(3, *moving.shape).astype(np.float32), residual.astype(np.float32)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).rsplit("ITK ERROR:", 1)[-1].split())[:200]
