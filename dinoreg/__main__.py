@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from dinoreg import __version__
-from dinoreg.commands import evaluate
+from dinoreg.commands import evaluate, register
 from dinoreg.errors import DinoRegError
 
-COMMANDS = (evaluate,)
+COMMANDS = (register, evaluate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -154,13 +154,25 @@ def _read_itk(path: Path, suffix: str, limit: int) -> tuple[npt.NDArray[Any], np
     shape = _spatial_shape(path, reader.GetSize(), reader.GetNumberOfComponents())
     itemsize = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
     _check_size(path, math.prod(shape) * itemsize, limit)
-    image = reader.Execute()
-    array = np.ascontiguousarray(sitk.GetArrayViewFromImage(image).T.reshape(shape))
-    n = image.GetDimension()
-    affine = np.eye(4)
-    affine[:3, :3] = (np.array(image.GetDirection()).reshape(n, n) * np.array(image.GetSpacing()))[:3, :3]
-    affine[:3, 3] = image.GetOrigin()[:3]
+    array, affine = from_itk(reader.Execute())
+    return array.reshape(shape), affine
+
+
+def from_itk(image: sitk.Image) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+    """Array (i, j, k ...) and affine voxel -> RAS mm of a SimpleITK image of three dimensions or more."""
+    array = np.ascontiguousarray(sitk.GetArrayViewFromImage(image).T)
+    n, affine = image.GetDimension(), np.eye(4)
+    if n >= 3:
+        affine[:3, :3] = (np.array(image.GetDirection()).reshape(n, n) * np.array(image.GetSpacing()))[:3, :3]
+        affine[:3, 3] = image.GetOrigin()[:3]
     return array, _LPS_FROM_RAS @ affine
+
+
+def to_itk(volume: Volume) -> sitk.Image:
+    """A volume as a SimpleITK image."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.array.T))
+    _set_header(image, volume.affine)
+    return image
 
 
 def _check_data_file(path: Path) -> None:
@@ -270,7 +282,7 @@ def write_volume(path: Path, volume: Volume) -> None:
     if suffix in (".nii", ".nii.gz"):
         _write_nifti(path, volume.array, volume.affine)
     elif suffix == ".mha":
-        _write_itk(path, sitk.GetImageFromArray(np.ascontiguousarray(volume.array.T)), volume.affine, compress=True)
+        _write_itk(path, to_itk(volume), compress=True)
     else:
         raise OutputError(f"{path}: expected .nii.gz, .nii or .mha for an image; choose another name")
 
@@ -310,7 +322,8 @@ def write_disp_mha(path: Path, disp: npt.NDArray[np.float32], affine: npt.NDArra
     _check_field(path, disp)
     order = (3, 2, 1, 0) if vector else (0, 3, 2, 1)  # (k, j, i, 3) or (3, k, j, i)
     image = sitk.GetImageFromArray(np.ascontiguousarray(disp.transpose(order)), isVector=vector)
-    _write_itk(path, image, affine, compress=False)
+    _set_header(image, affine)
+    _write_itk(path, image, compress=False)
 
 
 def _check_field(path: Path, disp: npt.NDArray[np.float32]) -> None:
@@ -339,7 +352,7 @@ def _write_nifti(path: Path, array: npt.NDArray[Any], affine: npt.NDArray[np.flo
                 image.to_stream(compressed)
 
 
-def _write_itk(path: Path, image: sitk.Image, affine: npt.NDArray[np.float64], *, compress: bool) -> None:
+def _set_header(image: sitk.Image, affine: npt.NDArray[np.float64]) -> None:
     n = image.GetDimension()
     lps = _LPS_FROM_RAS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
@@ -348,6 +361,9 @@ def _write_itk(path: Path, image: sitk.Image, affine: npt.NDArray[np.float64], *
     image.SetSpacing([*spacing.tolist(), 1.0][:n])
     image.SetOrigin([*lps[:3, 3].tolist(), 0.0][:n])
     image.SetDirection(direction.ravel().tolist())
+
+
+def _write_itk(path: Path, image: sitk.Image, *, compress: bool) -> None:
     with atomic_write(path) as temporary:
         try:
             sitk.WriteImage(image, str(temporary), compress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -150,18 +150,35 @@ def load_case(case: Case) -> Images:
                 volumes[role] = read_volume(path)
             except InputError as error:
                 unreadable.append(str(error))
+    return check_images(volumes, {role: str(path) for role, path in files.items()}, unreadable, same_grid=case.same_grid,
+                        moved=case.moved)
+
+
+def check_images(volumes: Mapping[str, Volume], names: Mapping[str, str], unreadable: Sequence[str] = (), *,
+                 same_grid: bool = False, moved: bool = False) -> Images:
+    """Check the images of a pair, one by one and against each other.
+
+    Args:
+        volumes: by role ("fixed", "moving", "fixed_mask", "moving_mask"), as far as there are any.
+        names: what messages call them.
+        unreadable: what is wrong with images that are not there.
+        same_grid, moved: as in :class:`Case`.
+
+    Raises:
+        InputError: with everything that is wrong with any of them, if they cannot be registered.
+    """
     problems = []
     if "fixed" in volumes and "moving" in volumes:
-        problems += [problem for problem in check_pair(volumes["fixed"], volumes["moving"], same_grid=case.same_grid)
-                     if not (case.moved and problem.code in ("no-overlap", "small-overlap"))]
-        if case.same_grid:
+        problems += [problem for problem in check_pair(volumes["fixed"], volumes["moving"], same_grid=same_grid)
+                     if not (moved and problem.code in ("no-overlap", "small-overlap"))]
+        if same_grid:
             volumes = {role: replace(volume, affine=volumes["fixed"].affine) for role, volume in volumes.items()}
     for role, volume in volumes.items():
         image = volumes.get(role.removesuffix("_mask"))
         if not role.endswith("_mask"):
-            problems += check_volume(volume, str(files[role]))
+            problems += check_volume(volume, names[role])
         elif image is not None:
-            problems += check_mask(volume, image, str(files[role]))
+            problems += check_mask(volume, image, names[role])
     warnings = raise_errors(problems, unreadable)
     return Images(volumes["fixed"], volumes["moving"], volumes.get("fixed_mask"), volumes.get("moving_mask"), tuple(warnings))
 

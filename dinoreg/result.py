@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from dinoreg.convert import Image, like, to_volume
+from dinoreg.errors import InputError
 from dinoreg.grid import Shape, identity
+from dinoreg.io import write_disp_nifti, write_volume
+from dinoreg.metrics import jacobian_determinant
 from dinoreg.preprocess import within
 from dinoreg.volume import Volume
+
+FILES = ("disp_voxels.nii.gz", "jacobian.nii.gz", "warped.nii.gz")  # what ``Registration.save`` writes
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +49,27 @@ class Registration:
     confidence: npt.NDArray[np.float32] | None = None
     colours: npt.NDArray[np.uint8] | None = None
 
-    def warp(self, volume: Volume, order: int = 1) -> Volume:
-        """A volume of the moving image's space on the fixed grid.
+    @overload
+    def warp(self, image: Volume, order: int = 1) -> Volume: ...
+
+    @overload
+    def warp(self, image: Image, order: int = 1) -> Any: ...
+
+    def warp(self, image: Image, order: int = 1) -> Any:
+        """An image of the moving image's space on the fixed grid.
 
         Args:
-            volume: on any grid: its header says where it lies.
-            order: 1 linear, 0 nearest neighbour (labels). The type of the array is kept.
+            image: of any kind that :func:`dinoreg.convert.to_volume` takes, on any grid: its header says where it lies.
+            order: 1 linear, 0 nearest neighbour (labels). The type of the values is kept.
 
         Returns:
-            The volume on the fixed grid; 0 (or the smallest value, for images with negative values) where it has none.
+            The image on the fixed grid, of the kind that was given (a ``Volume`` for a path); 0 (or the smallest value, for
+            images with negative values) where the given one has nothing.
+
+        Raises:
+            InputError: if the image is none, or cannot be read.
         """
+        volume = to_volume(image)
         shape: Shape = (self.disp.shape[1], self.disp.shape[2], self.disp.shape[3])
         points = identity(shape).numpy() + self.disp  # on the fixed grid, voxels
         matrix = np.linalg.solve(volume.affine, self.fixed_affine)
@@ -64,4 +82,50 @@ class Registration:
             warped[~within(at, n)] = fill
         if order and np.issubdtype(dtype, np.integer):
             warped = np.rint(warped)
-        return Volume(warped.astype(dtype), self.fixed_affine)
+        return like(image, Volume(warped.astype(dtype), self.fixed_affine))
+
+    def map_points(self, points_ras_mm: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Points of the fixed image to where the same anatomy lies in the moving image.
+
+        Args:
+            points_ras_mm: (n, 3), RAS mm. Beyond the fixed grid the displacement is that of its border.
+
+        Returns:
+            (n, 3), RAS mm.
+
+        Raises:
+            InputError: if they are not (n, 3) finite numbers.
+        """
+        points = np.asarray(points_ras_mm, dtype=np.float64)
+        if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all():
+            raise InputError(f"expected points as (n, 3) finite numbers, RAS mm; got shape {points.shape}")
+        to_voxels = np.linalg.inv(self.fixed_affine)
+        at = to_voxels[:3, :3] @ points.T + to_voxels[:3, 3:]  # (3, n)
+        at = at + np.stack([ndimage.map_coordinates(component, at, order=1, mode="nearest") for component in self.disp])
+        return np.asarray((self.fixed_affine[:3, :3] @ at + self.fixed_affine[:3, 3:]).T)
+
+    def jacobian(self) -> Volume:
+        """Change of volume, the determinant of the transform's derivative: above 1 where tissue is larger in the moving image, 0
+        and below where the field folds. float32, on the fixed grid."""
+        return Volume(jacobian_determinant(self.disp).astype(np.float32), self.fixed_affine)
+
+    def save(self, folder: str | Path, warped: Volume | None = None) -> list[Path]:
+        """Write everything that there is into a folder, under the names of ``FILES``.
+
+        Args:
+            folder: is made if it is missing; files of these names are replaced.
+            warped: the moving image on the fixed grid, as :meth:`warp` gives it; written too if it is given.
+
+        Returns:
+            The files.
+
+        Raises:
+            OutputError: if one cannot be written.
+            RegistrationError: if the field holds values that are not finite.
+        """
+        folder = Path(folder)
+        write_disp_nifti(folder / "disp_voxels.nii.gz", self.disp, self.fixed_affine)
+        write_volume(folder / "jacobian.nii.gz", self.jacobian())
+        if warped is not None:
+            write_volume(folder / "warped.nii.gz", warped)
+        return [folder / name for name in FILES if name != "warped.nii.gz" or warped is not None]

@@ -1,0 +1,105 @@
+"""A list of pairs in a CSV, and one table of what became of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dinoreg.errors import InputError
+from dinoreg.io import write_text
+
+REQUIRED, OPTIONAL = ("fixed", "moving"), ("fixed_mask", "moving_mask", "name")
+TABLES = ("results.csv", "results.html")
+_FIELD = ("displacement_mean_mm", "displacement_max_mm", "folds_percent", "sdlogj")
+COLUMNS = ("name", "status", *_FIELD, "seconds", "warnings", "fixed", "moving", "message")
+_STYLE = """body{font:15px/1.5 sans-serif;margin:2em}table{border-collapse:collapse}
+th,td{border:1px solid #ccc;padding:.2em .6em;text-align:left}.failed{background:#fdd}"""
+
+
+def read_pairs(path: Path) -> list[dict[str, str]]:
+    """The rows of a list of pairs.
+
+    Args:
+        path: CSV in UTF-8 with a header: ``fixed`` and ``moving``; ``fixed_mask``, ``moving_mask`` and ``name`` if wanted.
+
+    Returns:
+        A dictionary a row with all columns, "" where nothing is given. Files are relative to the folder of the list; a row
+        without a name is called by its number.
+
+    Raises:
+        InputError: no such file, no CSV, missing or unknown columns, no row, or names that are there twice or no file names.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected a CSV in UTF-8; got: {error}; check the path and the encoding") from error
+    reader = csv.DictReader(io.StringIO(text))
+    columns = [column.strip() for column in reader.fieldnames or ()]
+    known = (*REQUIRED, *OPTIONAL)
+    if not set(REQUIRED) <= set(columns) or not set(columns) <= set(known):
+        raise InputError(f"{path}: expected the columns {', '.join(REQUIRED)} and, if wanted, {', '.join(OPTIONAL)}; got "
+                         f"{', '.join(columns) or 'none'}; correct the first line")
+    reader.fieldnames = columns
+    rows: list[dict[str, str]] = []
+    for number, row in enumerate(reader, 1):
+        if None in row:
+            raise InputError(f"{path}: row {number}: expected {len(columns)} values; got more; put values with a comma in quotes")
+        values = {column: (row.get(column) or "").strip() for column in known}
+        if not all(values[column] for column in REQUIRED):
+            raise InputError(f"{path}: row {number}: expected a fixed and a moving image; got {row}; fill in both")
+        values["name"] = values["name"] or f"{number:03d}"
+        rows.append(values)
+    names = [row["name"] for row in rows]
+    lower = [name.lower() for name in names]  # some file systems take them for the same
+    bad = [name for name in names if not re.fullmatch(r"[\w][\w. -]*", name) or lower.count(name.lower()) > 1 or name in TABLES]
+    if not rows or bad:
+        raise InputError(f"{path}: expected at least one pair, and names that are different and can be folders (letters, digits, "
+                         f"- _ . and spaces); got {', '.join(map(repr, bad)) or 'no pair'}; correct the list")
+    return rows
+
+
+def write_tables(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``results.csv`` and ``results.html`` with a row a pair.
+
+    Args:
+        folder: with the folders of the pairs, to which the page links.
+        records: of :func:`dinoreg.run.run_case`, "fixed" and "moving" added.
+
+    Raises:
+        OutputError: if one cannot be written.
+    """
+    rows = [_row(record) for record in records]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / TABLES[0], text.getvalue())
+    head = "".join(f"<th>{escape(column.replace('_', ' '))}</th>" for column in COLUMNS)
+    lines = [f'<tr class="{row["status"]}">' + "".join(f"<td>{_cell(folder, row, column)}</td>" for column in COLUMNS) + "</tr>"
+             for row in rows]
+    failed = sum(row["status"] == "failed" for row in rows)
+    write_text(folder / TABLES[1], "\n".join([
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Registration results</title>'
+        f"<style>{_STYLE}</style></head><body>",
+        f"<h1>Registration results</h1><p>{len(rows)} pairs, {failed} failed.</p>",
+        f"<table><thead><tr>{head}</tr></thead><tbody>", *lines, "</tbody></table></body></html>", ""]))
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    error = record.get("error")
+    seconds = sum(stage["seconds"] for stage in record.get("stages", {}).values())
+    measured = record.get("field", {})
+    return {"name": record["name"], "status": "failed" if error else "complete", **{name: measured.get(name) for name in _FIELD},
+            "seconds": "" if error else round(seconds, 1), "warnings": len(record.get("warnings", ())), "fixed": record["fixed"],
+            "moving": record["moving"], "message": error["message"] if error else " | ".join(record["warnings"])}
+
+
+def _cell(folder: Path, row: Mapping[str, Any], column: str) -> str:
+    text = "" if row[column] is None else escape(str(row[column]))
+    page = f"{row['name']}/report.html"
+    return f'<a href="{escape(page)}">{text}</a>' if column == "name" and (folder / page).exists() else text

@@ -1,0 +1,147 @@
+"""``dinoreg register``: two images, or a list of pairs, to transforms, warped images, pictures and reports."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinoreg.errors import ConfigError, DinoRegError
+
+if TYPE_CHECKING:
+    from dinoreg.jobs import Case, Images
+    from dinoreg.registration import Registrar
+    from dinoreg.result import Registration
+    from dinoreg.volume import Volume
+
+log = logging.getLogger(__name__)
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "register", help="register two images, or a list of pairs",
+        description="Register MOVING to FIXED: .nii, .nii.gz, .mha, .mhd, .nrrd, or a folder with one DICOM series; any grids.")
+    parser.add_argument("fixed", nargs="?", type=Path, metavar="FIXED", help="the image on whose grid the result lies")
+    parser.add_argument("moving", nargs="?", type=Path, metavar="MOVING", help="the image that is brought onto it")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="folder for the results; made if missing")
+    parser.add_argument("--pairs", type=Path, metavar="CSV", help="in place of FIXED and MOVING: a list with the columns fixed, "
+                        "moving and, if wanted, fixed_mask, moving_mask, name; a folder a pair, and one table of all")
+    parser.add_argument("--fixed-mask", type=Path, metavar="FILE", help="where the fixed image counts, on its grid; 0 is outside")
+    parser.add_argument("--moving-mask", type=Path, metavar="FILE", help="where the moving image counts, on its grid")
+    parser.add_argument("--preset", default="auto", help="auto (default: by the modalities), or a name that `dinoreg info` lists")
+    parser.add_argument("--modalities", default=",", metavar="FIXED,MOVING", help="CT, CBCT, MR or nothing (unknown) each: CT,MR")
+    parser.add_argument("--features", help="dinov2+mind, dinov2 or mind, in place of the preset's; mind needs no weights")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="folder with the encoder's weights")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; all by default")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Register and write; fail with the first pair's failure after all are done."""
+    from dinoreg.progress import shown
+
+    logger = logging.getLogger("dinoreg")
+    level = logger.level
+    if arguments.quiet:
+        logger.setLevel(logging.WARNING)
+    try:
+        with nullcontext() if arguments.quiet else shown():
+            _run(arguments)
+    finally:
+        logger.setLevel(level)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from dinoreg.api import chosen_config
+    from dinoreg.cohort import TABLES, read_pairs, write_tables
+    from dinoreg.io import check_writable
+    from dinoreg.registration import Registrar
+
+    given = any((arguments.fixed, arguments.moving, arguments.fixed_mask, arguments.moving_mask))
+    if given if arguments.pairs else arguments.moving is None:
+        raise ConfigError("expected either FIXED and MOVING, with or without masks, or --pairs CSV; see --help")
+    kinds = arguments.modalities.split(",")
+    config = chosen_config(arguments.preset, arguments.features, kinds)
+    if arguments.pairs:
+        rows = [row | {role: str(arguments.pairs.parent / row[role]) for role in ("fixed", "moving", "fixed_mask", "moving_mask")
+                       if row[role]} for row in read_pairs(arguments.pairs)]
+    else:
+        rows = [{"name": f"{arguments.moving.name} onto {arguments.fixed.name}", "fixed": str(arguments.fixed),
+                 "moving": str(arguments.moving), "fixed_mask": str(arguments.fixed_mask or ""),
+                 "moving_mask": str(arguments.moving_mask or "")}]
+    cases = [(_case(row, (kinds[0], kinds[1])), arguments.output / row["name"] if arguments.pairs else arguments.output)
+             for row in rows]
+    for _, folder in cases:
+        _clear(folder, [Path(row[role]) for row in rows for role in row if role != "name" and row[role]])
+    for name in TABLES if arguments.pairs else ():
+        (arguments.output / name).unlink(missing_ok=True)
+    check_writable(arguments.output)
+    registrar = Registrar(config, weights=arguments.weights, device=arguments.device, threads=arguments.threads)
+    records = []
+    for number, (case, folder) in enumerate(cases, 1):
+        log.info("pair %d of %d: %s", number, len(cases), case.name)
+        records.append(_register(registrar, case, folder) | {"fixed": str(case.fixed), "moving": str(case.moving)})
+    if arguments.pairs:
+        write_tables(arguments.output, records)
+        log.info("table: %s", arguments.output / TABLES[1])
+    if failed := [record for record in records if "error" in record]:
+        error = failed[0]["error"]
+        kind = next((kind for kind in DinoRegError.__subclasses__() if kind.exit_code == error["exit_code"]), DinoRegError)
+        of = f"{len(failed)} of {len(records)} pairs failed; {failed[0]['name']}: " if arguments.pairs else ""
+        raise kind(f"{of}{error['message']}")
+    if not arguments.quiet:
+        sys.stdout.write(f"{arguments.output}\n")
+
+
+def _case(row: Mapping[str, str], modalities: tuple[str, str]) -> Case:
+    from dinoreg.jobs import Case
+
+    masks = [Path(row[role]) if row[role] else None for role in ("fixed_mask", "moving_mask")]
+    return Case(row["name"], Path(row["fixed"]), Path(row["moving"]), masks[0], masks[1], modalities=modalities, fields=(),
+                warped="warped.nii.gz", picture="qc.png", same_grid=False, page="report.html")
+
+
+def _clear(folder: Path, inputs: Sequence[Path]) -> None:
+    """Remove what an earlier run left under the names of results, the report first; never an input."""
+    from dinoreg.errors import OutputError
+    from dinoreg.result import FILES
+
+    names = ("report.json", "report.html", "qc.png", *FILES)
+    resolved = {path.resolve() for path in inputs}
+    if taken := [name for name in names if (folder / name).resolve() in resolved]:
+        raise ConfigError(f"{folder / taken[0]}: is an input and would be replaced by the result of that name; choose another "
+                          "output folder")
+    try:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be cleared of an earlier run ({error.strerror or error}); choose another output "
+                          "folder") from error
+
+
+def _register(registrar: Registrar, case: Case, folder: Path) -> dict[str, Any]:
+    """One pair into its folder, the report last; its record."""
+    from dinoreg.io import write_json
+    from dinoreg.report import run_record
+    from dinoreg.run import run_case
+
+    def register(case: Case, images: Images) -> Registration:
+        return registrar.register(images.fixed, images.moving, fixed_mask=images.fixed_mask, moving_mask=images.moving_mask,
+                                  modalities=case.modalities)
+
+    def write(case: Case, images: Images, registration: Registration, warped: Volume | None) -> list[Path]:
+        return registration.save(folder, warped)
+
+    started = time.monotonic()
+    record = run_case(case, registrar.config, register, write, output=folder, root=None)
+    run = {"contract": "register", "preset": registrar.config.preset, "config": registrar.config.to_dict(), "warnings": []}
+    write_json(folder / "report.json", run_record(run, [record], time.monotonic() - started))
+    return record

@@ -1,0 +1,169 @@
+"""``dinoreg register``: files in, a folder out; lists of pairs; failures; nothing left of an earlier run."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_pair import QUICK, small_pair
+from test_dicom import write_series
+
+from dinoreg import htmlreport, qc
+from dinoreg.__main__ import main
+from dinoreg.config import PRESETS, Config
+from dinoreg.io import read_volume, write_text, write_volume
+from dinoreg.result import FILES
+from dinoreg.volume import Volume
+
+WRITTEN = {*FILES, "qc.png", "report.html", "report.json"}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(PRESETS, "generic", QUICK)
+    monkeypatch.setattr(qc, "write_qc", lambda path, *_, **__: write_text(path, "picture"))  # seconds less
+    monkeypatch.setattr(htmlreport, "write_html_report", lambda path, *_, **__: write_text(path, "page"))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[str, str]:
+    fixed, moving = small_pair()
+    write_volume(tmp_path / "fixed.nii.gz", fixed)
+    write_volume(tmp_path / "moving.mha", moving)
+    return str(tmp_path / "fixed.nii.gz"), str(tmp_path / "moving.mha")
+
+
+def report(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return content
+
+
+def test_two_files_on_different_grids_become_a_folder_of_results(pair: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["register", *pair, "-o", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == WRITTEN
+    fixed, moving = read_volume(Path(pair[0])), read_volume(Path(pair[1]))
+    warped = read_volume(out / "warped.nii.gz")
+    assert warped.array.dtype == moving.array.dtype and warped.same_grid(fixed)
+    inner = (slice(4, -4),) * 3
+    # grey values of 0 to 1000 whose anatomy was 5 mm apart: what is left is linear interpolation of blobs of 4 mm
+    assert np.abs(warped.array[inner].astype(int) - fixed.array[inner]).mean() < 25
+    content = report(out)
+    assert content["status"] == "complete" and content["contract"] == "register" and content["preset"] == "generic"
+    assert Config.from_dict(content["config"]) == QUICK
+    (record,) = content["pairs"]
+    assert record["inputs"]["fixed"]["file"] == pair[0]
+    assert {item["file"] for item in record["outputs"]} == WRITTEN - {"report.json"}
+
+
+def test_masks_and_modalities_reach_the_engine(pair: tuple[str, str], tmp_path: Path) -> None:
+    fixed = read_volume(Path(pair[0]))
+    mask = np.zeros(fixed.shape, np.uint8)
+    mask[4:20, 4:20, 4:20] = 1
+    write_volume(tmp_path / "mask.nii.gz", Volume(mask, fixed.affine))
+    status = main(["register", *pair, "-o", str(tmp_path / "out"), "--fixed-mask", str(tmp_path / "mask.nii.gz"), "--preset",
+                   "generic", "--modalities", "CT,"])
+    assert status == 0
+    (record,) = report(tmp_path / "out")["pairs"]
+    assert record["modalities"] == ["CT", ""] and record["inputs"]["fixed_mask"]["file"].endswith("mask.nii.gz")
+
+
+def test_a_dicom_folder_is_an_image(pair: tuple[str, str], tmp_path: Path) -> None:
+    array = np.kron(np.random.default_rng(1).integers(0, 900, (5, 6, 4)), np.ones((2, 2, 2))).astype(np.int16)
+    series = write_series(tmp_path / "series", array=array)
+    assert main(["register", str(series), str(series), "-o", str(tmp_path / "out")]) == 0
+    (record,) = report(tmp_path / "out")["pairs"]
+    assert record["inputs"]["fixed"]["bytes"] == sum(path.stat().st_size for path in series.iterdir())
+    warped = read_volume(tmp_path / "out/warped.nii.gz")
+    assert warped.same_grid(read_volume(series))
+    assert record["field"]["displacement_mean_mm"] < 0.03  # with itself: a twentieth of the smallest voxel is rounding
+
+
+@pytest.mark.parametrize(("arguments", "status"), [
+    (["gone.nii.gz", "M"], 3), (["F", "gone.nii.gz"], 3), (["--pairs", "x.csv"], 3), (["F"], 2),
+    (["F", "M", "--pairs", "x.csv"], 2),
+    (["F", "M", "--preset", "none"], 2), (["F", "M", "--modalities", "CT"], 2), (["F", "M", "--device", "tpu"], 2),
+    (["F", "M", "--features", "dinov2", "--weights", "."], 4)])
+def test_what_cannot_be_done_ends_with_its_status_in_one_line(pair: tuple[str, str], tmp_path: Path, arguments: list[str],
+                                                              status: int, monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = {"F": pair[0], "M": pair[1]}
+    assert main(["register", *(paths.get(word, word) for word in arguments), "-o", str(tmp_path / "out")]) == status
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    if status == 3 and "--pairs" not in arguments:
+        assert report(tmp_path / "out")["exit_code"] == 3
+
+
+def test_nothing_of_an_earlier_run_is_left_when_a_run_fails(pair: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in WRITTEN:
+        (out / name).write_text("old")
+    (out / "notes.txt").write_text("mine")
+    assert main(["register", pair[0], "gone.mha", "-o", str(out)]) == 3
+    assert {path.name for path in out.iterdir()} == {"report.json", "notes.txt"} and report(out)["status"] == "failed"
+
+
+def test_an_input_is_never_taken_for_an_old_result(pair: tuple[str, str], tmp_path: Path) -> None:
+    assert main(["register", *pair, "-o", str(tmp_path / "out")]) == 0
+    warped = tmp_path / "out/warped.nii.gz"
+    before = warped.read_bytes()
+    assert main(["register", pair[0], str(warped), "-o", str(tmp_path / "out")]) == 2
+    assert warped.read_bytes() == before
+
+
+def test_quiet_says_nothing(pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                            caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["register", *pair, "-o", str(tmp_path / "out"), "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "" and not caplog.messages
+
+
+# ---- lists of pairs
+
+
+def write_list(path: Path, *rows: str) -> Path:
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_a_pair_that_fails_does_not_stop_the_others_and_the_table_has_all(pair: tuple[str, str], tmp_path: Path) -> None:
+    pairs = write_list(tmp_path / "pairs.csv", "fixed,moving,name", "fixed.nii.gz,gone.mha,", "fixed.nii.gz,moving.mha,a b")
+    out = tmp_path / "out"
+    assert main(["register", "--pairs", str(pairs), "-o", str(out)]) == 3
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [(row["name"], row["status"]) for row in rows] == [("001", "failed"), ("a b", "complete")]
+    assert "no such file" in rows[0]["message"] and float(rows[1]["displacement_mean_mm"]) > 1
+    assert {path.name for path in (out / "a b").iterdir()} == WRITTEN and report(out / "001")["exit_code"] == 3
+    page = (out / "results.html").read_text()
+    assert '<a href="a b/report.html">a b</a>' in page and "2 pairs, 1 failed" in page and '<a href="001' not in page
+
+
+def test_the_table_of_an_earlier_run_is_gone_when_a_run_begins(pair: tuple[str, str], tmp_path: Path) -> None:
+    pairs = write_list(tmp_path / "pairs.csv", "fixed,moving", "fixed.nii.gz,moving.mha")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/results.csv").write_text("old")
+    no_weights = ["--features", "dinov2", "--weights", str(tmp_path)]
+    assert main(["register", "--pairs", str(pairs), "-o", str(tmp_path / "out"), *no_weights]) == 4
+    assert not (tmp_path / "out/results.csv").exists()
+
+
+@pytest.mark.parametrize("rows", [
+    (), ("fixed,moving",), ("fixed,mask", "a,b"), ("fixed,moving,colour", "a,b,red"), ("fixed,moving", "a,"),
+    ("fixed,moving", "a,b,c"), ("fixed,moving,name", "a,b,x", "a,c,X"), ("fixed,moving,name", "a,b,../x"),
+    ("fixed,moving,name", "a,b,results.csv"), ("fixed,moving,name", "a,b,.")])
+def test_lists_that_are_none_are_refused(tmp_path: Path, rows: tuple[str, ...]) -> None:
+    pairs = write_list(tmp_path / "pairs.csv", *rows)
+    assert main(["register", "--pairs", str(pairs), "-o", str(tmp_path / "out"), "--features", "mind"]) == 3
+    assert not (tmp_path / "out").exists()
