@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from dinoreg import __version__
-from dinoreg.commands import evaluate, register
+from dinoreg.commands import evaluate, invert, jacobian, points, register, warp
 from dinoreg.errors import DinoRegError
 
-COMMANDS = (register, evaluate)
+COMMANDS = (register, warp, points, jacobian, invert, evaluate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -179,27 +179,6 @@ def compose(outer: Tensor, inner: Tensor) -> Tensor:
     return inner + warp(outer, inner)
 
 
-def exponential(velocity: Tensor, squarings: int) -> Tensor:
-    """Displacement field of a stationary velocity field after unit time, by scaling and squaring (Arsigny 2006).
-
-    Args:
-        velocity: (3, i, j, k), cells per unit time.
-        squarings: number of self-compositions; 0 returns the velocity itself.
-    """
-    disp: Tensor = velocity / 2**squarings
-    for _ in range(squarings):
-        disp = compose(disp, disp)
-    return disp
-
-
-def invert(disp: Tensor, iterations: int = 30) -> Tensor:
-    """The inverse of a displacement field (3, i, j, k) by fixed-point iteration: ``v(y) = -disp(y + v(y))`` (Chen 2008)."""
-    inverse = -disp
-    for _ in range(iterations):
-        inverse = -warp(disp, inverse)
-    return inverse
-
-
 def gradient(x: Tensor, axis: int) -> Tensor:
     """Derivative along the last-but-(3 - axis) axis, per cell: central differences inside, one-sided at the borders."""
     dim = x.ndim - 3 + axis

@@ -1,8 +1,8 @@
 """Transforms as files that other programs read: ITK displacement fields in millimetres, ITK transforms, matrices.
 
-Inside, points are RAS millimetres and a transform leads from a point of the fixed image to the same anatomy in the moving image.
-ITK's files hold LPS; they are converted here and nowhere else. A transform on a grid is ``disp`` as everywhere (3, i, j, k): voxels
-of the fixed grid, so that ``T(p) = F (F^-1 p + disp)`` with the grid's affine F.
+Inside, points are RAS millimetres and a transform leads from a point of the fixed image to the same anatomy in the moving one.
+ITK's files hold LPS; they are converted here and nowhere else. A transform on a grid is ``disp`` as everywhere (3, i, j, k):
+voxels of the fixed grid, so that ``T(p) = F (F^-1 p + disp)`` with the grid's affine F.
 """
 
 from __future__ import annotations
@@ -42,6 +42,19 @@ class Transform:
         flip = np.array([-1.0, -1.0, 1.0])
         moved = [self.itk.TransformPoint(point) for point in (np.asarray(points, dtype=np.float64) * flip).tolist()]
         return np.asarray(np.array(moved, dtype=np.float64).reshape(-1, 3) * flip)
+
+    def points_back(self, points: npt.ArrayLike, tolerance_mm: float = 1e-3) -> Matrix:
+        """Points (n, 3) of the moving image in RAS mm to the fixed image, by Newton's method; NaN where that finds none."""
+        target = np.asarray(points, dtype=np.float64).reshape(-1, 3)
+        found, step = target.copy(), 0.1  # mm, for the derivative
+        for _ in range(50):
+            error = self.points(found) - target
+            if not target.size or np.abs(error).max() < tolerance_mm:
+                break
+            columns = [(self.points(found + offset) - self.points(found - offset)) / (2 * step) for offset in np.eye(3) * step]
+            found -= np.einsum("nab,nb->na", np.linalg.pinv(np.stack(columns, axis=2)), error)
+        found[np.abs(self.points(found) - target).max(1, initial=0) >= tolerance_mm] = np.nan
+        return found
 
     def field_on(self, grid: Volume) -> Disp:
         """The transform as ``disp`` (3, i, j, k) float32 in voxels of a grid."""
@@ -153,8 +166,8 @@ def read_transform(path: Path) -> Transform:
         matrix = _matrix(path) if path.suffix == ".txt" else None
         transform = from_matrix(matrix) if matrix is not None else Transform(sitk.ReadTransform(str(path)))
     except RuntimeError as error:
-        raise InputError(f"{path}: expected an ITK transform or field; got a file that cannot be read ({_reason(error)}); write it "
-                         "again") from error
+        raise InputError(f"{path}: expected an ITK transform or field; got a file that cannot be read ({_reason(error)}); "
+                         "write it again") from error
     if transform.itk.GetDimension() != 3:
         raise InputError(f"{path}: expected a 3D transform; got {transform.itk.GetDimension()} dimensions")
     return transform
