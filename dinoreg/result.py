@@ -16,9 +16,11 @@ from dinoreg.grid import Shape, identity
 from dinoreg.io import write_disp_nifti, write_volume
 from dinoreg.metrics import jacobian_determinant
 from dinoreg.preprocess import within
+from dinoreg.transforms import invert, write_composite, write_field_mm
 from dinoreg.volume import Volume
 
-FILES = ("disp_voxels.nii.gz", "jacobian.nii.gz", "warped.nii.gz")  # what ``Registration.save`` writes
+OF_MOVING = ("warped.nii.gz", "inverse.nii.gz", "inverse_residual.nii.gz")  # what needs the moving image
+FILES = ("displacement.nii.gz", "transform.h5", "disp_voxels.nii.gz", "jacobian.nii.gz", *OF_MOVING)  # of ``Registration.save``
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,12 +122,29 @@ class Registration:
         and below where the field folds. float32, on the fixed grid."""
         return Volume(jacobian_determinant(self.disp).astype(np.float32), self.fixed_affine)
 
-    def save(self, folder: str | Path, warped: Volume | None = None) -> list[Path]:
+    def inverse(self, moving: Image) -> Registration:
+        """The way back: from points of the moving image to the fixed image.
+
+        Args:
+            moving: any image (or its path) on the grid on which the inverse is wanted, such as the moving image itself.
+
+        Returns:
+            The inverse as a result of its own, with the moving image's grid as its fixed grid: ``warp`` brings images of the
+            fixed image's space onto it, ``map_points`` points of the moving image to the fixed one. ``info`` holds "residual_mm",
+            (i, j, k) float32: how far from each voxel the way there and back ends.
+        """
+        grid = to_volume(moving)
+        disp, residual = invert(self.disp, self.fixed_affine, grid)
+        return Registration(disp, grid.affine, info={"residual_mm": residual},
+                            initial=np.asarray(np.linalg.inv(self.initial), dtype=np.float64))
+
+    def save(self, folder: str | Path, moving: Image | None = None, *, warped: Volume | None = None) -> list[Path]:
         """Write everything that there is into a folder, under the names of ``FILES``.
 
         Args:
             folder: is made if it is missing; files of these names are replaced.
-            warped: the moving image on the fixed grid, as :meth:`warp` gives it; written too if it is given.
+            moving: the moving image; without it, neither the warped image nor the inverse is written.
+            warped: what ``warp(moving)`` gave, if that is at hand.
 
         Returns:
             The files.
@@ -135,8 +154,16 @@ class Registration:
             RegistrationError: if the field holds values that are not finite.
         """
         folder = Path(folder)
-        write_disp_nifti(folder / "disp_voxels.nii.gz", self.disp, self.fixed_affine)
-        write_volume(folder / "jacobian.nii.gz", self.jacobian())
-        if warped is not None:
-            write_volume(folder / "warped.nii.gz", warped)
-        return [folder / name for name in FILES if name != "warped.nii.gz" or warped is not None]
+        paths = {name: folder / name for name in FILES}
+        write_disp_nifti(paths["disp_voxels.nii.gz"], self.disp, self.fixed_affine)
+        write_field_mm(paths["displacement.nii.gz"], self.disp, self.fixed_affine)
+        write_composite(paths["transform.h5"], self.disp, self.fixed_affine, self.initial)
+        write_volume(paths["jacobian.nii.gz"], self.jacobian())
+        if moving is None:
+            return [paths[name] for name in FILES if name not in OF_MOVING]
+        volume = to_volume(moving)
+        write_volume(paths["warped.nii.gz"], warped or self.warp(volume))
+        back = self.inverse(volume)
+        write_field_mm(paths["inverse.nii.gz"], back.disp, back.fixed_affine)
+        write_volume(paths["inverse_residual.nii.gz"], Volume(back.info["residual_mm"], back.fixed_affine))
+        return list(paths.values())

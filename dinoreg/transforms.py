@@ -56,6 +56,21 @@ class Transform:
         found[np.abs(self.points(found) - target).max(1, initial=0) >= tolerance_mm] = np.nan
         return found
 
+    def matrix(self) -> Matrix:
+        """The transform as a 4x4 matrix, RAS mm, fixed -> moving.
+
+        Raises:
+            InputError: if it is no affine one.
+        """
+        if not self.itk.IsLinear():
+            raise InputError("expected an affine (or rigid, or Euler) transform; got one that bends; give its affine part alone")
+        corners = np.vstack([np.zeros(3), np.eye(3)])
+        origin, *axes = self.points(corners)
+        matrix = np.eye(4)
+        matrix[:3, :3] = np.stack(axes, axis=1) - origin[:, None]
+        matrix[:3, 3] = origin
+        return matrix
+
     def field_on(self, grid: Volume) -> Disp:
         """The transform as ``disp`` (3, i, j, k) float32 in voxels of a grid."""
         reference = sitk.GetImageFromArray(np.zeros(grid.shape[::-1], dtype=np.uint8))

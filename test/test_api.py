@@ -19,7 +19,8 @@ import dinoreg
 from dinoreg.convert import to_volume
 from dinoreg.errors import ConfigError, InputError
 from dinoreg.io import from_itk, read_volume, to_itk, write_volume
-from dinoreg.result import FILES, Registration
+from dinoreg.result import FILES, OF_MOVING, Registration
+from dinoreg.transforms import read_transform
 from dinoreg.volume import Volume
 
 
@@ -132,11 +133,35 @@ def test_jacobian_is_that_of_the_field() -> None:
 
 def test_save_writes_all_files_and_they_are_read_again(tmp_path: Path) -> None:
     fixed, moving = small_pair()
-    written = result().save(tmp_path / "new", result().warp(moving))
+    written = result().save(tmp_path / "new", moving)
     assert [path.name for path in written] == list(FILES) and {path.name for path in (tmp_path / "new").iterdir()} == set(FILES)
     assert np.array_equal(read_volume(tmp_path / "new/warped.nii.gz").array, result().warp(moving).array)
     assert nib.load(tmp_path / "new/disp_voxels.nii.gz").shape == (*fixed.shape, 3)
-    assert "warped.nii.gz" not in [path.name for path in result().save(tmp_path / "other")]
+    alone = result().save(tmp_path / "other")
+    assert {path.name for path in alone} == {path.name for path in (tmp_path / "other").iterdir()} == set(FILES) - set(OF_MOVING)
+
+
+@pytest.mark.parametrize("name", ["displacement.nii.gz", "transform.h5", "disp_voxels.nii.gz"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_every_written_transform_maps_points_as_the_result_does(name: str, turned: bool, tmp_path: Path) -> None:
+    fixed, moving = small_pair()
+    initial = np.array([[0.98, 0.17, 0, 5], [-0.17, 0.98, 0, -2], [0, 0, 1, 3], [0, 0, 0, 1.0]])
+    found = result()
+    if turned:
+        found = dinoreg.register(fixed, Volume(moving.array, initial @ moving.affine), preset=QUICK, initial=initial)
+    found.save(tmp_path)
+    points = np.random.default_rng(2).uniform(-18, 18, (100, 3))  # RAS mm, all within the fixed grid
+    # float32 of some ten millimetres, and nothing else
+    np.testing.assert_allclose(read_transform(tmp_path / name).points(points), found.map_points(points), rtol=0, atol=1e-4)
+
+
+def test_inverse_leads_back() -> None:
+    fixed, moving = small_pair()
+    back = result().inverse(moving)
+    points = np.random.default_rng(2).uniform(-12, 12, (100, 3))
+    # 0.01 voxel of 2 mm where the inverse is solved, and linear interpolation of a smooth field between its voxels
+    np.testing.assert_allclose(back.map_points(result().map_points(points)), points, rtol=0, atol=0.2)
+    assert back.warp(fixed).same_grid(moving) and np.median(back.info["residual_mm"]) < 0.04
 
 
 def test_progress_is_told_and_may_end_the_run() -> None:

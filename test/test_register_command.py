@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
-from small_pair import QUICK, small_pair
+from small_pair import QUICK, SHIFT_MM, small_pair
 from test_dicom import write_series
 
 from dinoreg import htmlreport, qc
@@ -19,6 +20,7 @@ from dinoreg.__main__ import main
 from dinoreg.config import PRESETS, Config
 from dinoreg.io import read_volume, write_text, write_volume
 from dinoreg.result import FILES
+from dinoreg.transforms import read_transform
 from dinoreg.volume import Volume
 
 WRITTEN = {*FILES, "qc.png", "report.html", "report.json"}
@@ -75,6 +77,33 @@ def test_masks_and_modalities_reach_the_engine(pair: tuple[str, str], tmp_path: 
     assert status == 0
     (record,) = report(tmp_path / "out")["pairs"]
     assert record["modalities"] == ["CT", ""] and record["inputs"]["fixed_mask"]["file"].endswith("mask.nii.gz")
+
+
+@pytest.mark.parametrize("name", ["start.txt", "start.tfm", "start.h5"])
+def test_an_initial_transform_brings_images_together_that_do_not_overlap(tmp_path: Path, name: str) -> None:
+    fixed, moving = small_pair()
+    away = np.eye(4)
+    away[:3, 3] = (300, -20, 10)
+    write_volume(tmp_path / "fixed.nii.gz", fixed)
+    write_volume(tmp_path / "moving.nii.gz", Volume(moving.array, away @ moving.affine))
+    if name == "start.txt":
+        np.savetxt(tmp_path / name, away)
+    else:
+        sitk.WriteTransform(sitk.TranslationTransform(3, (-300.0, 20.0, 10.0)), str(tmp_path / name))  # LPS
+    arguments = ["register", str(tmp_path / "fixed.nii.gz"), str(tmp_path / "moving.nii.gz"), "-o", str(tmp_path / "out")]
+    assert main(arguments) == 3
+    assert main([*arguments, "--initial-transform", str(tmp_path / name)]) == 0
+    moved = read_transform(tmp_path / "out/transform.h5").points([[0.0, 0.0, 0.0]])[0]
+    np.testing.assert_allclose(moved, away[:3, 3] + SHIFT_MM, rtol=0, atol=1.0)  # half a voxel
+
+
+def test_an_initial_transform_that_bends_is_refused_by_name(pair: tuple[str, str], tmp_path: Path) -> None:
+    assert main(["register", *pair, "-o", str(tmp_path / "first")]) == 0
+    field = tmp_path / "first/displacement.nii.gz"
+    before = field.read_bytes()
+    assert main(["register", *pair, "-o", str(tmp_path / "out"), "--initial-transform", str(field)]) == 3
+    assert main(["register", *pair, "-o", str(tmp_path / "first"), "--initial-transform", str(field)]) == 3
+    assert field.read_bytes() == before
 
 
 def test_a_dicom_folder_is_an_image(pair: tuple[str, str], tmp_path: Path) -> None:

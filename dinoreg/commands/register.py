@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from dinoreg.errors import ConfigError, DinoRegError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from dinoreg.jobs import Case, Images
     from dinoreg.registration import Registrar
     from dinoreg.result import Registration
@@ -34,6 +37,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
                         "moving and, if wanted, fixed_mask, moving_mask, name; a folder a pair, and one table of all")
     parser.add_argument("--fixed-mask", type=Path, metavar="FILE", help="where the fixed image counts, on its grid; 0 is outside")
     parser.add_argument("--moving-mask", type=Path, metavar="FILE", help="where the moving image counts, on its grid")
+    parser.add_argument("--initial-transform", metavar="FILE", help="where to start: an affine ITK transform (.tfm, .txt, .mat, "
+                        ".h5) or 4x4 numbers (.txt, RAS mm), from fixed to moving points")
     parser.add_argument("--preset", default="auto", help="auto (default: by the modalities), or a name that `dinoreg info` lists")
     parser.add_argument("--modalities", default=",", metavar="FIXED,MOVING", help="CT, CBCT, MR or nothing (unknown) each: CT,MR")
     parser.add_argument("--features", help="dinov2+mind, dinov2 or mind, in place of the preset's; mind needs no weights")
@@ -77,10 +82,12 @@ def _run(arguments: argparse.Namespace) -> None:
         rows = [{"name": f"{arguments.moving.name} onto {arguments.fixed.name}", "fixed": str(arguments.fixed),
                  "moving": str(arguments.moving), "fixed_mask": str(arguments.fixed_mask or ""),
                  "moving_mask": str(arguments.moving_mask or "")}]
-    cases = [(_case(row, (kinds[0], kinds[1])), arguments.output / row["name"] if arguments.pairs else arguments.output)
-             for row in rows]
+    initial = _initial(arguments.initial_transform)
+    cases = [(_case(row, (kinds[0], kinds[1]), moved=initial is not None),
+              arguments.output / row["name"] if arguments.pairs else arguments.output) for row in rows]
+    inputs = [Path(row[role]) for row in rows for role in row if role != "name" and row[role]]
     for _, folder in cases:
-        _clear(folder, [Path(row[role]) for row in rows for role in row if role != "name" and row[role]])
+        _clear(folder, [*inputs, Path(arguments.initial_transform)] if arguments.initial_transform else inputs)
     for name in TABLES if arguments.pairs else ():
         (arguments.output / name).unlink(missing_ok=True)
     check_writable(arguments.output)
@@ -88,7 +95,7 @@ def _run(arguments: argparse.Namespace) -> None:
     records = []
     for number, (case, folder) in enumerate(cases, 1):
         log.info("pair %d of %d: %s", number, len(cases), case.name)
-        records.append(_register(registrar, case, folder) | {"fixed": str(case.fixed), "moving": str(case.moving)})
+        records.append(_register(registrar, case, initial, folder) | {"fixed": str(case.fixed), "moving": str(case.moving)})
     if arguments.pairs:
         write_tables(arguments.output, records)
         log.info("table: %s", arguments.output / TABLES[1])
@@ -101,12 +108,26 @@ def _run(arguments: argparse.Namespace) -> None:
         sys.stdout.write(f"{arguments.output}\n")
 
 
-def _case(row: Mapping[str, str], modalities: tuple[str, str]) -> Case:
+def _initial(name: str | None) -> npt.NDArray[np.float64] | None:
+    """Where to start, 4x4, RAS mm."""
+    if name is None:
+        return None
+    from dinoreg.errors import InputError
+    from dinoreg.transforms import read_transform
+
+    transform = read_transform(Path(name))
+    try:
+        return transform.matrix()
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _case(row: Mapping[str, str], modalities: tuple[str, str], *, moved: bool) -> Case:
     from dinoreg.jobs import Case
 
     masks = [Path(row[role]) if row[role] else None for role in ("fixed_mask", "moving_mask")]
     return Case(row["name"], Path(row["fixed"]), Path(row["moving"]), masks[0], masks[1], modalities=modalities, fields=(),
-                warped="warped.nii.gz", picture="qc.png", same_grid=False, page="report.html")
+                warped="warped.nii.gz", picture="qc.png", same_grid=False, page="report.html", moved=moved)
 
 
 def _clear(folder: Path, inputs: Sequence[Path]) -> None:
@@ -127,7 +148,7 @@ def _clear(folder: Path, inputs: Sequence[Path]) -> None:
                           "folder") from error
 
 
-def _register(registrar: Registrar, case: Case, folder: Path) -> dict[str, Any]:
+def _register(registrar: Registrar, case: Case, initial: npt.NDArray[np.float64] | None, folder: Path) -> dict[str, Any]:
     """One pair into its folder, the report last; its record."""
     from dinoreg.io import write_json
     from dinoreg.report import run_record
@@ -135,10 +156,10 @@ def _register(registrar: Registrar, case: Case, folder: Path) -> dict[str, Any]:
 
     def register(case: Case, images: Images) -> Registration:
         return registrar.register(images.fixed, images.moving, fixed_mask=images.fixed_mask, moving_mask=images.moving_mask,
-                                  modalities=case.modalities)
+                                  modalities=case.modalities, initial=initial, colours=True)
 
     def write(case: Case, images: Images, registration: Registration, warped: Volume | None) -> list[Path]:
-        return registration.save(folder, warped)
+        return registration.save(folder, images.moving, warped=warped)
 
     started = time.monotonic()
     record = run_case(case, registrar.config, register, write, output=folder, root=None)
