@@ -119,6 +119,39 @@ def load_encoder(arch: str, folder: Path | None = None, *, device: torch.device 
     return Encoder(_fill(arch, state, path, command).to(device), arch, sha256, source)
 
 
+def found_checkpoints(folder: Path | None = None, *, manifest: Path = MANIFEST) -> list[tuple[Path, str | None, str, str]]:
+    """Every checkpoint in the folders in which :func:`load_encoder` looks.
+
+    Args:
+        folder, manifest: as there.
+
+    Returns:
+        (path, architecture if it is known, sha256, what the manifest says of it) of each file.
+
+    Raises:
+        WeightsError: if a file or the manifest cannot be read.
+    """
+    models = _read_manifest(manifest)
+    explicit = folder or (Path(os.environ["DINOREG_WEIGHTS"]) if os.environ.get("DINOREG_WEIGHTS") else None)
+    arch_of = {name: arch for arch, entry in models.items() for name in _own_names(entry)}
+    found = []
+    for place in (explicit,) if explicit else PLACES:
+        for path in sorted(path for name in (*arch_of, HUB_FILE) if (path := place / name).is_file()):
+            arch = arch_of.get(path.name) or _arch_of(path)
+            try:
+                with path.open("rb") as stream:
+                    sha256 = _sha256(stream)
+            except OSError as error:
+                raise WeightsError(f"{path}: expected a readable file; got: {error.strerror or error}; let the user that runs "
+                                   "this read it (chmod a+r)") from error
+            entry = models.get(arch or "")
+            expected = entry and (entry["sha256"] if path.suffix == ".pth" else entry["hub"]["sha256"])
+            state = "sha256 is not in the manifest" if not expected else \
+                "sha256 as in the manifest" if sha256 == expected else "sha256 is NOT that of the manifest"
+            found.append((path, arch, sha256, state))
+    return found
+
+
 def random_encoder(arch: str, seed: int, *, device: torch.device | str = "cpu") -> Encoder:
     """The exact architecture with seeded random weights, for tests, timings and ablations; never to be called DINOv2.
 
