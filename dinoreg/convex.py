@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from dinoreg.grid import Shape, apply_axes, area_matrix, box_matrix, shape3, warp
 
 COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # published schedule, for a cost of order 1 and distances in coarse cells
-CLEAR_CELLS, CLEAR_COST = 1.5, 0.15  # see ``confidence``
+CLEAR_CELLS, CLEAR_COST = 1.5, 0.1  # see ``confidence``
 UNKNOWN = 0.1  # share of a cell that counts as compared with unrelated tissue (cost 1): decides where little overlaps
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from contourpy import LineType, contour_generator
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
@@ -28,6 +28,7 @@ Array = npt.NDArray[Any]
 PLANES = ("axial", "coronal", "sagittal")
 _EDGES = (("R", "L", "A", "P"), ("R", "L", "S", "I"), ("A", "P", "S", "I"))  # left, right, top, bottom of each plane
 _OUTLINE, _FOLD, _LETTER = "#ffd23f", "#ffee00", "#9ad1ff"
+_TINT = LinearSegmentedColormap.from_list("tint", [(1.0, 0.45, 0.0, 0.6), (1.0, 0.45, 0.0, 0.0)])  # ambiguous, clear
 _SQUARES, _GRID_LINES = 12, 26  # along the longest side: chequerboard and deformed grid
 _SMOOTH_VOX, _SHORTEST, _FAINTEST = 1.0, 0.2, 0.07  # outlines: shares of the longest side, and of black to white a voxel
 
@@ -111,13 +112,23 @@ def _thresholds(image: Array) -> tuple[float, float]:
 
 
 def _body(image: Array) -> Array:
-    """Roughly the patient: the largest bright region, filled in each axial slice."""
+    """Roughly the patient: the convex outline (16 sides) of the largest bright region, in each axial slice. It holds what is dark
+    inside, also a lung that the edge of the view cuts open."""
     bright = image > _thresholds(image)[0]
     labels, count = ndimage.label(bright)
     if count == 0:
         return np.ones(image.shape, dtype=bool)
     largest = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    return np.stack([ndimage.binary_fill_holes(largest[:, :, k]) for k in range(image.shape[2])], axis=2)
+    angles = np.arange(16) * (np.pi / 8)
+    across, back = (np.arange(n)[:, None] for n in image.shape[:2])
+    body = np.zeros(image.shape, dtype=bool)
+    for k in range(image.shape[2]):
+        points = np.argwhere(largest[:, :, k])
+        if len(points):
+            body[:, :, k] = True
+            for x, y in zip(np.cos(angles), np.sin(angles), strict=True):
+                body[:, :, k] &= across * x + back.T * y <= (points @ (x, y)).max() + 1e-6  # rounding
+    return body
 
 
 def _positions(view: View, length_mm: Array) -> tuple[int, int, int]:
@@ -241,9 +252,11 @@ class Plane:
         axes.scatter(self.centres[0][columns], self.centres[1][rows], s=4, marker="s", color=_FOLD, linewidths=0)
 
     def confidence(self, axes: Axes) -> None:
-        """How clear the match is, over the fixed image."""
+        """How clear the match is: the fixed image, tinted where it is ambiguous."""
         assert self.view.confidence is not None
-        self._map(axes, self.view.confidence, "RdYlBu", Normalize(0, 1))
+        self._map(axes, self.view.confidence, _TINT, Normalize(0, 1))
+        axes.imshow(self._grey[0], cmap="gray", vmin=0, vmax=1, extent=self.extent, origin="lower", interpolation="nearest",
+                    zorder=-1)
 
     def colours_fixed(self, axes: Axes) -> None:
         """The first three components of the features of the fixed image."""
@@ -257,7 +270,7 @@ class Plane:
         assert self.view.colours is not None
         self._show(axes, self._cut(self.view.colours[image]), interpolation="bilinear")
 
-    def _map(self, axes: Axes, values: Array, colours: str, scale: Normalize) -> None:
+    def _map(self, axes: Axes, values: Array, colours: str | Colormap, scale: Normalize) -> None:
         self._show(axes, np.where(self._cut(self.view.body), self._cut(values), np.nan), cmap=colours, norm=scale)
 
     def _outline(self, axes: Axes) -> None:

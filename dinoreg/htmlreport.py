@@ -15,12 +15,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dinoreg import __version__
-from dinoreg.draw import PLANES, Look, Plane, look_at, turned
+from dinoreg.draw import PLANES, Look, Plane, View, look_at, turned
 from dinoreg.io import atomic_write
 from dinoreg.report import field_metrics
 from dinoreg.result import Registration
@@ -28,6 +29,7 @@ from dinoreg.volume import Volume
 
 _INCHES, _DPI, _BAR_INCHES = 4.2, 100, 0.42  # the longer side of a panel, and the strip for its scale of colours
 _MANY_FOLDS = 0.1  # percent
+_UNSURE = 0.1  # confidence
 
 Ticks = tuple[list[float], list[str]]
 
@@ -57,7 +59,7 @@ _MOTION = (
            Plane.displacement, _millimetres),
     _Panel("Change of volume", "size of tissue in the moving image against the fixed one: red larger, blue smaller; yellow dots: "
            "folds", Plane.volume_change, lambda _: ([-1, 0, 1], ["half", "same", "double"])))
-_CONFIDENCE = _Panel("Confidence", "blue: one place matched clearly better than all others; red: other places matched as well",
+_CONFIDENCE = _Panel("Confidence", "orange where other places would have matched as well, grey where one place was clearly best",
                      Plane.confidence, lambda _: ([0, 1], ["ambiguous", "clear"]))
 _FEATURES = (_Panel("Fixed", "features of the fixed image as colours", Plane.colours_fixed),
              _Panel("Moving, after", "features of the moving image after registration", Plane.colours_after))
@@ -98,7 +100,7 @@ def write_html_report(path: Path, fixed: Volume, moving: Volume, warped: Volume,
     metrics = field_metrics(result.disp, fixed.spacing)
     told = [*warnings, *result.warnings]
     page = _PAGE.format(
-        title=escape(title), style=_STYLE, summary=_summary(look, told), sections="\n".join(sections),
+        title=escape(title), style=_STYLE, summary=_summary(view, look, result, told), sections="\n".join(sections),
         scores=_scores(scores or {}), field=_table([(name, _number(metrics[key], unit)) for name, key, unit in _FIELD]),
         images=_images(names, (fixed, moving)), stages=_stages(result), version=escape(__version__),
         config=escape(json.dumps({"configuration": dict(config or {}), "run": result.info}, indent=1, default=str)))
@@ -106,7 +108,7 @@ def write_html_report(path: Path, fixed: Volume, moving: Volume, warped: Volume,
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may hold any bytes
 
 
-def _summary(look: Look, warnings: Sequence[str]) -> str:
+def _summary(view: View, look: Look, result: Registration, warnings: Sequence[str]) -> str:
     """The findings in words, worst first: what a reader has to know before looking at pictures."""
     found = [("warning", text) for text in warnings]
     if look.folds > 0:
@@ -116,6 +118,12 @@ def _summary(look: Look, warnings: Sequence[str]) -> str:
         found.append(("good", "The field folds nowhere."))
     found.append(("note", f"Inside the body the anatomy moves by {look.mean_mm:.1f} mm on average; 95 % of it moves by less than "
                           f"{look.far_mm:.1f} mm."))
+    if not np.allclose(result.initial, np.eye(4)):
+        found.append(("note", "An affine alignment came first; it is part of the displacement."))
+    if view.confidence is not None:
+        unsure = 100 * float((view.confidence[view.body] < _UNSURE).mean())
+        found.append(("note", f"In {unsure:.0f} % of the body the match is ambiguous (confidence below {_UNSURE:g}): there the "
+                              "field follows its surroundings."))
     if not warnings:
         found.append(("good", "There are no warnings."))
     words = {"warning": "Warning", "good": "Good", "note": "Note"}
@@ -123,16 +131,17 @@ def _summary(look: Look, warnings: Sequence[str]) -> str:
 
 
 def _section(name: str, text: str, panels: Sequence[_Panel], planes: Sequence[Plane]) -> str:
-    figures = []
+    rows = []
     for plane in planes:
+        figures = []
         for panel in panels:
             picture, (width, height) = _picture(plane, panel)
             figures.append(f'<figure><img src="data:image/jpeg;base64,{picture}" width="{width}" height="{height}" '
                            f'alt="{PLANES[plane.row]} plane: {panel.meaning}">'
                            f'<figcaption>{panel.label}, {PLANES[plane.row]}</figcaption></figure>')
+        rows.append(f'<div class="panels" style="--columns:{len(panels)}">{"".join(figures)}</div>')
     legend = "".join(f"<li><b>{panel.label}</b>: {panel.meaning}</li>" for panel in panels)
-    return (f'<section><h2>{name}</h2><p>{text}</p><div class="panels" style="--columns:{len(panels)}">{"".join(figures)}</div>'
-            f'<ul class="legend">{legend}</ul></section>')
+    return f'<section><h2>{name}</h2><p>{text}</p>{"".join(rows)}<ul class="legend">{legend}</ul></section>'
 
 
 def _picture(plane: Plane, panel: _Panel) -> tuple[str, tuple[int, int]]:
@@ -147,6 +156,7 @@ def _picture(plane: Plane, panel: _Panel) -> tuple[str, tuple[int, int]]:
     if panel.ticks is not None:
         scale = figure.colorbar(axes.images[0], cax=figure.add_axes((0.12, 0.66 * strip, 0.76, 0.22 * strip)),
                                 orientation="horizontal")
+        scale.ax.set_facecolor("#999999")  # shows through where colours are transparent
         ticks, labels = panel.ticks(plane.look)
         scale.set_ticks(ticks, labels=labels)
         scale.ax.tick_params(colors="white", labelsize=9, length=2, pad=1)
@@ -207,7 +217,7 @@ ul{margin:.4rem 0;padding:0;list-style:none}
 .findings .warning{border-color:#ff9f1c}.warning b{color:#ffb54d}
 .findings .good{border-color:#3fb950}.good b{color:#6fd87e}
 .note b{color:#b6bec8}
-.panels{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,420px));gap:6px;align-items:end}
+.panels{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,420px));gap:6px}
 figure{margin:0}
 img{display:block;width:100%;height:auto;background:#000}
 figcaption{font-size:.82rem;color:#b6bec8;padding:.1rem 0 .3rem}
@@ -216,7 +226,7 @@ figcaption{font-size:.82rem;color:#b6bec8;padding:.1rem 0 .3rem}
 table{border-collapse:collapse;font-size:.92rem}
 th,td{text-align:left;padding:.25rem .9rem .25rem 0;border-bottom:1px solid #2a3038;vertical-align:top}
 th{font-weight:600;color:#b6bec8}
-td{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+td{font-variant-numeric:tabular-nums;min-width:5.5rem;max-width:28rem;overflow-wrap:anywhere}
 details{margin:.8rem 0}
 summary{cursor:pointer}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.82rem;background:#161a20;padding:.7rem}
