@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,13 @@ from test_registration import CONFIG, HEADERS, SHAPE, SHIFT, centred, motion_mm,
 from dinoreg import convex, registration
 from dinoreg.config import DiscreteConfig, PcaConfig
 from dinoreg.convex import CLEAR_CELLS, CLEAR_COST, FeatureVolume, candidates, confidence, discrete
+from dinoreg.errors import InputError
+from dinoreg.io import write_volume
 from dinoreg.registration import Registrar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import confidence as benchmark
 
 
 def plain(cost: np.ndarray, steps: np.ndarray, disp: np.ndarray) -> np.ndarray:
@@ -112,3 +121,37 @@ def test_colours_need_an_encoder() -> None:
     header = centred(HEADERS["RAS"])
     image = picture(header)
     assert Registrar(CONFIG, device="cpu").register(image, image, colours=True).colours is None
+
+
+# ---- benchmarks/confidence.py
+
+
+def test_quarters_go_by_confidence_and_a_perfect_order_is_minus_one() -> None:
+    error = np.array([8.0, 1, 6, 3, 4, 5, 2, 7])
+    row = benchmark.by_confidence(error, -error)
+    assert row.quarters == (7.5, 5.5, 3.5, 1.5) and row.tre == 4.5
+    assert row.correlation == pytest.approx(-1)
+    assert benchmark.by_confidence(error, error).correlation == pytest.approx(1)
+    with pytest.raises(InputError, match="8 landmarks"):
+        benchmark.by_confidence(error[:7], error[:7])
+
+
+def test_the_benchmark_gives_a_line_for_each_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    header = centred(HEADERS["RAS"])
+    images = {"0001_0001": picture(header), "0001_0000": picture(header, moved_mm=motion_mm(header))}
+    points = np.random.default_rng(0).integers(5, np.array(SHAPE) - 5, (20, 3)).astype(float)
+    for folder in ("imagesTr", "keypointsTr"):
+        (tmp_path / "Small" / folder).mkdir(parents=True)
+    for (name, volume), shift in zip(images.items(), (0, np.array(SHIFT)), strict=True):
+        write_volume(tmp_path / "Small" / "imagesTr" / f"Small_{name}.nii.gz", volume)
+        np.savetxt(tmp_path / "Small" / "keypointsTr" / f"Small_{name}.csv", points + shift, delimiter=",")
+    pair = {"fixed": "./imagesTr/Small_0001_0001.nii.gz", "moving": "./imagesTr/Small_0001_0000.nii.gz"}
+    (tmp_path / "Small" / "Small_dataset.json").write_text(json.dumps(
+        {"name": "Small", "modality": {"0": "MR", "1": "MR"}, "registration_val": [pair]}))
+    monkeypatch.setattr(benchmark, "get_preset", lambda name: CONFIG)
+    assert benchmark.main([str(tmp_path), "--sets", "Small"]) == 0
+    cells = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    assert cells[:2] == ["Small", "1"] and len(cells) == len(benchmark.HEAD)
+    assert 0 < float(cells[2]) < 0.5  # mm: the shift is found
+    assert benchmark.main([str(tmp_path), "--sets", "Missing"]) == InputError.exit_code
