@@ -11,7 +11,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from dinoreg.convert import Image, like, to_volume
-from dinoreg.errors import InputError
+from dinoreg.errors import ConfigError, InputError
 from dinoreg.grid import Shape, identity
 from dinoreg.io import write_disp_nifti, write_volume
 from dinoreg.metrics import jacobian_determinant
@@ -20,6 +20,7 @@ from dinoreg.transforms import invert, write_composite, write_field_mm
 from dinoreg.volume import Volume
 
 OF_MOVING = ("warped.nii.gz", "inverse.nii.gz", "inverse_residual.nii.gz")  # what needs the moving image
+CONFIDENCE = "confidence.nii.gz"  # written when it is asked for
 FILES = ("displacement.nii.gz", "transform.h5", "disp_voxels.nii.gz", "jacobian.nii.gz", *OF_MOVING)  # of ``Registration.save``
 
 
@@ -138,32 +139,41 @@ class Registration:
         return Registration(disp, grid.affine, info={"residual_mm": residual},
                             initial=np.asarray(np.linalg.inv(self.initial), dtype=np.float64))
 
-    def save(self, folder: str | Path, moving: Image | None = None, *, warped: Volume | None = None) -> list[Path]:
+    def save(self, folder: str | Path, moving: Image | None = None, *, warped: Volume | None = None,
+             confidence: bool = False) -> list[Path]:
         """Write everything that there is into a folder, under the names of ``FILES``.
 
         Args:
             folder: is made if it is missing; files of these names are replaced.
             moving: the moving image; without it, neither the warped image nor the inverse is written.
             warped: what ``warp(moving)`` gave, if that is at hand.
+            confidence: also write the confidence, as ``CONFIDENCE``.
 
         Returns:
             The files.
 
         Raises:
+            ConfigError: the confidence is asked for, but the solver "published" gives none.
             OutputError: if one cannot be written.
             RegistrationError: if the field holds values that are not finite.
         """
         folder = Path(folder)
         paths = {name: folder / name for name in FILES}
+        extra = []
+        if confidence:
+            if self.confidence is None:
+                raise ConfigError("the solver 'published' gives no confidence; take another preset, or do not ask for it")
+            extra.append(folder / CONFIDENCE)
+            write_volume(extra[0], Volume(self.confidence, self.fixed_affine))
         write_disp_nifti(paths["disp_voxels.nii.gz"], self.disp, self.fixed_affine)
         write_field_mm(paths["displacement.nii.gz"], self.disp, self.fixed_affine)
         write_composite(paths["transform.h5"], self.disp, self.fixed_affine, self.initial)
         write_volume(paths["jacobian.nii.gz"], self.jacobian())
         if moving is None:
-            return [paths[name] for name in FILES if name not in OF_MOVING]
+            return [*(paths[name] for name in FILES if name not in OF_MOVING), *extra]
         volume = to_volume(moving)
         write_volume(paths["warped.nii.gz"], warped or self.warp(volume))
         back = self.inverse(volume)
         write_field_mm(paths["inverse.nii.gz"], back.disp, back.fixed_affine)
         write_volume(paths["inverse_residual.nii.gz"], Volume(back.info["residual_mm"], back.fixed_affine))
-        return list(paths.values())
+        return [*paths.values(), *extra]

@@ -18,8 +18,9 @@ from test_dicom import write_series
 from dinoreg import htmlreport, qc
 from dinoreg.__main__ import main
 from dinoreg.config import PRESETS, Config
+from dinoreg.errors import ConfigError
 from dinoreg.io import read_volume, write_text, write_volume
-from dinoreg.result import FILES
+from dinoreg.result import CONFIDENCE, FILES, Registration
 from dinoreg.transforms import read_transform
 from dinoreg.volume import Volume
 
@@ -65,6 +66,26 @@ def test_two_files_on_different_grids_become_a_folder_of_results(pair: tuple[str
     (record,) = content["pairs"]
     assert record["inputs"]["fixed"]["file"] == pair[0]
     assert {item["file"] for item in record["outputs"]} == WRITTEN - {"report.json"}
+
+
+def test_confidence_is_written_on_request_alone(pair: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["register", *pair, "-o", str(out), "--confidence"]) == 0
+    assert {path.name for path in out.iterdir()} == WRITTEN | {CONFIDENCE}
+    found = read_volume(out / CONFIDENCE)
+    assert found.same_grid(read_volume(Path(pair[0]))) and found.array.dtype == np.float32
+    assert found.array.min() >= 0 and found.array.max() < 1 and found.array.std() > 0
+    assert CONFIDENCE in {item["file"] for item in report(out)["pairs"][0]["outputs"]}
+    assert main(["register", *pair, "-o", str(out)]) == 0  # nothing of the earlier run is left
+    assert {path.name for path in out.iterdir()} == WRITTEN
+
+
+def test_confidence_of_a_solver_that_has_none_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    assert main(["register", *pair, "-o", str(tmp_path / "out"), "--preset", "published", "--confidence"]) == 2
+    result = Registration(np.zeros((3, 4, 4, 4), np.float32), np.eye(4))
+    with pytest.raises(ConfigError, match="published"):
+        result.save(tmp_path, confidence=True)
+    assert not (tmp_path / "out").exists() and not (tmp_path / CONFIDENCE).exists()
 
 
 def test_masks_and_modalities_reach_the_engine(pair: tuple[str, str], tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--weights", type=Path, metavar="DIR", help="folder with the encoder's weights")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; all by default")
+    parser.add_argument("--confidence", action="store_true", help="also write confidence.nii.gz: 0 where the match is ambiguous, "
+                        "towards 1 where one place is clearly best")
     parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
     parser.set_defaults(run=run)
 
@@ -75,6 +77,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ConfigError("expected either FIXED and MOVING, with or without masks, or --pairs CSV; see --help")
     kinds = arguments.modalities.split(",")
     config = chosen_config(arguments.preset, arguments.features, kinds)
+    if arguments.confidence and config.solver == "published":
+        raise ConfigError("--confidence: the preset published gives none; take another preset, or leave the option out")
     if arguments.pairs:
         rows = [row | {role: str(arguments.pairs.parent / row[role]) for role in ("fixed", "moving", "fixed_mask", "moving_mask")
                        if row[role]} for row in read_pairs(arguments.pairs)]
@@ -95,7 +99,8 @@ def _run(arguments: argparse.Namespace) -> None:
     records = []
     for number, (case, folder) in enumerate(cases, 1):
         log.info("pair %d of %d: %s", number, len(cases), case.name)
-        records.append(_register(registrar, case, initial, folder) | {"fixed": str(case.fixed), "moving": str(case.moving)})
+        record = _register(registrar, case, initial, folder, arguments.confidence)
+        records.append(record | {"fixed": str(case.fixed), "moving": str(case.moving)})
     if arguments.pairs:
         write_tables(arguments.output, records)
         log.info("table: %s", arguments.output / TABLES[1])
@@ -133,9 +138,9 @@ def _case(row: Mapping[str, str], modalities: tuple[str, str], *, moved: bool) -
 def _clear(folder: Path, inputs: Sequence[Path]) -> None:
     """Remove what an earlier run left under the names of results, the report first; never an input."""
     from dinoreg.errors import OutputError
-    from dinoreg.result import FILES
+    from dinoreg.result import CONFIDENCE, FILES
 
-    names = ("report.json", "report.html", "qc.png", *FILES)
+    names = ("report.json", "report.html", "qc.png", CONFIDENCE, *FILES)
     resolved = {path.resolve() for path in inputs}
     if taken := [name for name in names if (folder / name).resolve() in resolved]:
         raise ConfigError(f"{folder / taken[0]}: is an input and would be replaced by the result of that name; choose another "
@@ -148,7 +153,8 @@ def _clear(folder: Path, inputs: Sequence[Path]) -> None:
                           "folder") from error
 
 
-def _register(registrar: Registrar, case: Case, initial: npt.NDArray[np.float64] | None, folder: Path) -> dict[str, Any]:
+def _register(registrar: Registrar, case: Case, initial: npt.NDArray[np.float64] | None, folder: Path,
+              confidence: bool) -> dict[str, Any]:
     """One pair into its folder, the report last; its record."""
     from dinoreg.io import write_json
     from dinoreg.report import run_record
@@ -159,7 +165,7 @@ def _register(registrar: Registrar, case: Case, initial: npt.NDArray[np.float64]
                                   modalities=case.modalities, initial=initial, colours=True)
 
     def write(case: Case, images: Images, registration: Registration, warped: Volume | None) -> list[Path]:
-        return registration.save(folder, images.moving, warped=warped)
+        return registration.save(folder, images.moving, warped=warped, confidence=confidence)
 
     started = time.monotonic()
     record = run_case(case, registrar.config, register, write, output=folder, root=None)
