@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from dinoreg import __version__
-from dinoreg.commands import evaluate, info, invert, jacobian, points, register, warp
+from dinoreg.commands import check, evaluate, info, invert, jacobian, points, register, warp
 from dinoreg.errors import DinoRegError
 
-COMMANDS = (register, warp, points, jacobian, invert, evaluate, info)
+COMMANDS = (register, warp, points, jacobian, invert, check, evaluate, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
