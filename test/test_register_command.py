@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -178,6 +181,14 @@ def test_quiet_says_nothing(pair: tuple[str, str], tmp_path: Path, capsys: pytes
     assert main(["register", *pair, "-o", str(tmp_path / "out"), "--quiet"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err == "" and not caplog.messages
+
+
+def test_threads_that_wait_sleep_and_torch_is_not_loaded_before_that_is_said() -> None:
+    code = "import sys, os, dinoreg.__main__ as m; assert 'torch' not in sys.modules; m.main(['check', 'gone'])"
+    code += "; print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True, timeout=60)
+    assert found.stdout.splitlines()[-1] == "PASSIVE"
 
 
 # ---- lists of pairs
