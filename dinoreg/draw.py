@@ -176,8 +176,9 @@ def look_at(view: View) -> Look:
 
 
 def _window(image: Array, body: Array) -> tuple[float, float]:
-    low, high = (float(value) for value in np.percentile(image[body], (2.0, 98.5)))
-    return low, max(high, low + 1e-6)
+    """Black: a little below the darkest seventh of the body (air in an abdomen is less, lungs are more). White: its brightest."""
+    low, high = (float(value) for value in np.percentile(image[body], (15.0, 99.0)))
+    return low - 0.15 * (high - low), max(high, low + 1e-6)
 
 
 class Plane:

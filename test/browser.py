@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import os
 import select
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+MOVED = (210, 211)  # descriptors that ours are moved to first: they may be 4 and 3
 SECONDS = 60  # a start on a busy machine takes 10
 
 
@@ -89,19 +89,15 @@ def chromium(profile: Path) -> Iterator[Browser]:
     """A browser with a profile folder of its own, ended afterwards."""
     assert PROGRAM is not None
     pipes = [os.pipe(), os.pipe()]
-    # it reads commands from descriptor 3 and answers on 4; ours are moved out of the way first
-    reads, writes = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (pipes[0][0], pipes[1][1]))
-
-    def connect() -> None:
-        os.dup2(reads, 3)
-        os.dup2(writes, 4)
-
+    reads, writes = pipes[0][0], pipes[1][1]
     # --no-sandbox: as root in a container it does not start otherwise; pages are our own
     command = [PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
                "--hide-scrollbars", f"--user-data-dir={profile}"]
-    process = subprocess.Popen(command, preexec_fn=connect, pass_fds=(3, 4), stdin=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for fd in (reads, writes, pipes[0][0], pipes[1][1]):
+    # it reads commands from descriptor 3 and answers on 4
+    redirected = f"{MOVED[0]}<&{reads} {MOVED[1]}>&{writes} 3<&{MOVED[0]} 4>&{MOVED[1]}"
+    process = subprocess.Popen(["bash", "-c", f'exec "$0" "$@" {redirected}', *command], pass_fds=(reads, writes),
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for fd in (reads, writes):
         os.close(fd)
     try:
         yield Browser(pipes[0][1], pipes[1][0])
