@@ -46,7 +46,7 @@ def to_volume(image: Image, name: str = "image") -> Volume:
         array = array.reshape(array.shape[:3])
     if array.ndim != 3:
         raise InputError(f"{name}: expected a 3D image; got shape {array.shape}; extract one 3D volume")
-    if array.dtype == bool:
+    if array.dtype == bool and not isinstance(image, Volume):  # which no file format holds; a volume is taken as it is
         array = array.astype(np.uint8)
     elif array.dtype == np.float16:  # which scipy cannot interpolate
         array = array.astype(np.float32)
