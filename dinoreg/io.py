@@ -35,7 +35,7 @@ from dinoreg.volume import Volume
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 MAX_BYTES = 2**31  # of voxels as the header declares them; 512 x 512 x 2000 at 16 bits is half of it
 
-_LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
+LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
 _log = logging.getLogger(__name__)
 
 
@@ -108,7 +108,7 @@ def read_volume(path: Path, *, max_bytes: int | None = None) -> Volume:
     try:
         if suffix == "DICOM":
             array, lps = read_series(path, limit)
-            affine = _LPS_FROM_RAS @ lps
+            affine = LPS_FROM_RAS @ lps
         else:
             array, affine = (_read_nifti if suffix.startswith(".nii") else _read_itk)(path, suffix, limit)
     except (InputError, MemoryError):
@@ -165,13 +165,13 @@ def from_itk(image: sitk.Image) -> tuple[npt.NDArray[Any], npt.NDArray[np.float6
     if n >= 3:
         affine[:3, :3] = (np.array(image.GetDirection()).reshape(n, n) * np.array(image.GetSpacing()))[:3, :3]
         affine[:3, 3] = image.GetOrigin()[:3]
-    return array, _LPS_FROM_RAS @ affine
+    return array, LPS_FROM_RAS @ affine
 
 
 def to_itk(volume: Volume) -> sitk.Image:
     """A volume as a SimpleITK image."""
     image = sitk.GetImageFromArray(np.ascontiguousarray(volume.array.T))
-    _set_header(image, volume.affine)
+    set_header(image, volume.affine)
     return image
 
 
@@ -322,7 +322,7 @@ def write_disp_mha(path: Path, disp: npt.NDArray[np.float32], affine: npt.NDArra
     _check_field(path, disp)
     order = (3, 2, 1, 0) if vector else (0, 3, 2, 1)  # (k, j, i, 3) or (3, k, j, i)
     image = sitk.GetImageFromArray(np.ascontiguousarray(disp.transpose(order)), isVector=vector)
-    _set_header(image, affine)
+    set_header(image, affine)
     _write_itk(path, image, compress=False)
 
 
@@ -352,9 +352,10 @@ def _write_nifti(path: Path, array: npt.NDArray[Any], affine: npt.NDArray[np.flo
                 image.to_stream(compressed)
 
 
-def _set_header(image: sitk.Image, affine: npt.NDArray[np.float64]) -> None:
+def set_header(image: sitk.Image, affine: npt.NDArray[np.float64]) -> None:
+    """Give an ITK image of three dimensions or more the place of an affine (voxel -> RAS mm)."""
     n = image.GetDimension()
-    lps = _LPS_FROM_RAS @ affine
+    lps = LPS_FROM_RAS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     direction = np.eye(n)
     direction[:3, :3] = lps[:3, :3] / spacing

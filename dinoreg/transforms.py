@@ -16,13 +16,12 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from dinoreg.errors import InputError, OutputError
-from dinoreg.io import atomic_write, image_suffix
+from dinoreg.io import LPS_FROM_RAS, atomic_write, image_suffix, set_header
 from dinoreg.volume import Volume
 
 Disp = npt.NDArray[np.float32]
 Matrix = npt.NDArray[np.float64]
 
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS mm <-> LPS mm
 TRANSFORM_SUFFIXES = (".tfm", ".txt", ".mat", ".h5", ".hdf5", ".xfm")
 FIELD_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd")
 
@@ -78,7 +77,7 @@ class Transform:
         field = sitk.TransformToDisplacementField(self.itk, sitk.sitkVectorFloat64, reference.GetSize(), reference.GetOrigin(),
                                                   reference.GetSpacing(), reference.GetDirection())
         lps = sitk.GetArrayViewFromImage(field).transpose(3, 2, 1, 0)  # (3, i, j, k)
-        to_voxels = np.linalg.inv((LPS @ grid.affine)[:3, :3])
+        to_voxels = np.linalg.inv((LPS_FROM_RAS @ grid.affine)[:3, :3])
         return np.asarray(np.einsum("ab,bijk->aijk", to_voxels, lps), dtype=np.float32)
 
 
@@ -89,25 +88,16 @@ def from_disp(disp: npt.NDArray[np.floating], affine: Matrix) -> Transform:
 
 def from_matrix(matrix: Matrix) -> Transform:
     """The transform of a 4x4 matrix, RAS mm, fixed point -> moving point."""
-    lps = LPS @ matrix @ LPS
+    lps = LPS_FROM_RAS @ matrix @ LPS_FROM_RAS
     affine = sitk.AffineTransform(3)
     affine.SetMatrix(lps[:3, :3].ravel().tolist())
     affine.SetTranslation(lps[:3, 3].tolist())
     return Transform(affine)
 
 
-def set_header(image: sitk.Image, affine: Matrix) -> None:
-    """Give a 3D ITK image the place of an affine (voxel -> RAS mm)."""
-    lps = LPS @ affine
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    image.SetSpacing(spacing.tolist())
-    image.SetOrigin(lps[:3, 3].tolist())
-    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-
-
 def _field_image(disp: npt.NDArray[np.floating], affine: Matrix) -> sitk.Image:
     """Displacements in LPS mm as an ITK vector image, of the type of ``disp``."""
-    lps = np.einsum("ab,bijk->kjia", (LPS @ affine)[:3, :3], disp).astype(disp.dtype)
+    lps = np.einsum("ab,bijk->kjia", (LPS_FROM_RAS @ affine)[:3, :3], disp).astype(disp.dtype)
     image = sitk.GetImageFromArray(np.ascontiguousarray(lps), isVector=True)
     set_header(image, affine)
     return image
@@ -211,7 +201,7 @@ def _read_field(path: Path) -> Transform:
         affine = np.eye(4)
         affine[:3, :3] = (np.array(image.GetDirection()).reshape(4, 4) * np.array(image.GetSpacing()))[:3, :3]
         affine[:3, 3] = image.GetOrigin()[:3]
-        field = _field_image(voxels, LPS @ affine)
+        field = _field_image(voxels, LPS_FROM_RAS @ affine)
     else:
         raise InputError(f"{path}: expected a field of 3-vectors (LPS mm), or 4D with 3 as the last size (voxels); got size "
                          f"{size} with {parts} value{'' if parts == 1 else 's'} a voxel")

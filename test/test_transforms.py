@@ -11,8 +11,9 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from dinoreg.errors import InputError, OutputError
+from dinoreg.io import to_itk
 from dinoreg.result import Registration
-from dinoreg.transforms import from_disp, from_matrix, invert, read_transform, set_header, write_composite, write_field_mm
+from dinoreg.transforms import from_disp, from_matrix, invert, read_transform, write_composite, write_field_mm
 from dinoreg.volume import Volume
 
 SHAPE = (20, 17, 14)
@@ -46,12 +47,6 @@ def image(affine: npt.NDArray[np.float64], shape: tuple[int, int, int] = (24, 22
     return Volume(ndimage.gaussian_filter(np.random.default_rng(2).normal(size=shape), 2.0).astype(np.float32), affine)
 
 
-def as_itk(volume: Volume) -> sitk.Image:
-    result = sitk.GetImageFromArray(np.ascontiguousarray(volume.array.T))
-    set_header(result, volume.affine)
-    return result
-
-
 @pytest.mark.parametrize("kind", ["RAS", "LPS", "LAS", "SPL", "oblique"])
 @pytest.mark.parametrize("name", ["field.nii.gz", "field.mha", "field.nrrd", "transform.h5"])
 def test_itk_with_the_written_transform_resamples_as_we_warp(tmp_path: Path, kind: str, name: str) -> None:
@@ -63,8 +58,8 @@ def test_itk_with_the_written_transform_resamples_as_we_warp(tmp_path: Path, kin
         write_composite(path, disp, fixed_affine, initial)
     else:
         write_field_mm(path, disp, fixed_affine)
-    reference = as_itk(Volume(np.zeros(SHAPE, dtype=np.float32), fixed_affine))
-    by_itk = sitk.GetArrayFromImage(sitk.Resample(as_itk(moving), reference, read_transform(path).itk, sitk.sitkLinear, -9.0)).T
+    reference = to_itk(Volume(np.zeros(SHAPE, dtype=np.float32), fixed_affine))
+    by_itk = sitk.GetArrayFromImage(sitk.Resample(to_itk(moving), reference, read_transform(path).itk, sitk.sitkLinear, -9.0)).T
     ours = Registration(disp, fixed_affine).warp(moving).array
     inside = by_itk != -9
     assert inside.mean() > 0.5
@@ -169,7 +164,7 @@ def test_what_is_no_transform_is_named(tmp_path: Path, name: str | None, content
 
 
 def test_an_image_is_no_field(tmp_path: Path) -> None:
-    sitk.WriteImage(as_itk(image(np.eye(4))), str(tmp_path / "image.mha"))
+    sitk.WriteImage(to_itk(image(np.eye(4))), str(tmp_path / "image.mha"))
     with pytest.raises(InputError, match="3-vectors"):
         read_transform(tmp_path / "image.mha")
     disp = smooth_disp()
