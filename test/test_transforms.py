@@ -73,8 +73,9 @@ def test_formats_agree(tmp_path: Path) -> None:
     for name in ("a.nii.gz", "a.nii", "a.mha", "a.nrrd"):
         write_field_mm(tmp_path / name, disp, affine)
         found = read_transform(tmp_path / name).field_on(grid)
+        wrong_mm = np.linalg.norm(np.einsum("ab,bijk->aijk", affine[:3, :3], found - disp), axis=0)
         # a border voxel may fall outside by the rounding of a NIfTI header, where ITK's field ends
-        np.testing.assert_allclose(found[:, 1:-1, 1:-1, 1:-1], disp[:, 1:-1, 1:-1, 1:-1], rtol=0, atol=1e-5)
+        assert wrong_mm[1:-1, 1:-1, 1:-1].max() < 1e-5
 
 
 def test_the_challenges_field_is_read_in_voxels(tmp_path: Path) -> None:
