@@ -6,7 +6,8 @@ Two contracts, told apart by what lies in the input folder:
   ``qc/``;
 - a single pair of grand-challenge.org (``inputs.json`` or ``images/fixed``): one field in ``images/displacement-field/``.
 
-``report.json`` comes last: its presence means that the run came to its end. A pair that fails does not stop the others; the exit
+A pair of a data set has its own report, under ``records/``, by which ``--resume`` knows whether it is done. ``report.json`` comes
+last: its presence means that the run came to its end. A pair that fails does not stop the others; the exit
 status is that of the first failure (2 configuration, 3 input, 4 weights, 5 output, 6 registration, 1 anything else).
 """
 
@@ -16,7 +17,6 @@ import argparse
 import dataclasses
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,16 +29,18 @@ from evalutils.io import FileLoader
 from evalutils.validators import ExpectedColumnNamesValidator
 from pandas import DataFrame
 
+from dinoreg.completion import recipe, take_stock
 from dinoreg.config import FEATURES, PRESETS, auto_preset, get_preset, modality
 from dinoreg.errors import ConfigError, DinoRegError, InputError, OutputError
 from dinoreg.grandchallenge import parse_sockets
-from dinoreg.io import check_writable, write_json
+from dinoreg.io import check_writable, remove, write_json
 from dinoreg.jobs import Case, Images, Job, find_job, write_case
 from dinoreg.progress import shown
 from dinoreg.registration import Registrar
 from dinoreg.report import failure_record, run_record
 from dinoreg.result import Registration
 from dinoreg.run import run_case
+from dinoreg.signals import leave_at_signals
 from dinoreg.volume import Volume
 
 log = logging.getLogger("dinoreg.process")
@@ -77,7 +79,8 @@ class DinoReg(Algorithm):
 
     def load(self) -> None:
         check_writable(self._output_path)
-        self._output_file.unlink(missing_ok=True)  # of an earlier run
+        if not self.options.resume:
+            remove([self._output_file])  # of an earlier run
         self._cases["pair"] = DataFrame(self.loader.load(fname=self._input_path), dtype=object)
 
     def validate(self) -> None:
@@ -99,13 +102,20 @@ class DinoReg(Algorithm):
             self.config = dataclasses.replace(self.config, features=self.options.features)
         self.registrar = self.registrar_factory(self.config, weights=self.options.weights, device=self.options.device,
                                                 threads=self.options.threads)
+        self.shared = recipe(self.config, self.registrar.engine, {"vector_field": self.options.vector_field})
+        cases = [(case, self._output_path) for case in job.cases]
+        self.settled = take_stock(cases, self.shared, resume=self.options.resume)
+        if job.contract == "learn2reg":  # a single pair has no other record
+            remove([self._output_file])
         super().process_cases(file_loader_key)
 
     def process_case(self, *, idx: int, case: Any) -> dict[str, Any]:
         case = Case(**case)
+        if idx in self.settled:
+            return self.settled[idx]
         log.info("pair %d of %d: %s", idx + 1, len(self.loader.job.cases), case.name)
         return run_case(case, self.config, lambda case, images: self.predict(input_image=(case, images)), self.write,
-                        output=self._output_path, root=self._input_path)
+                        output=self._output_path, root=self._input_path, run=self.run(), shared=self.shared)
 
     def write(self, case: Case, images: Images, registration: Registration, warped: Volume | None) -> list[Path]:
         """Write field and images; their files."""
@@ -116,11 +126,14 @@ class DinoReg(Algorithm):
         return self.registrar.register(images.fixed, images.moving, fixed_mask=images.fixed_mask, moving_mask=images.moving_mask,
                                        modalities=[modality(text) for text in case.modalities])
 
-    def save(self) -> None:
+    def run(self) -> dict[str, Any]:
+        """What reports say of the whole run."""
         job = self.loader.job
-        run = {"contract": job.contract, "dataset": job.dataset, "split": job.split, "preset": self.preset,
-               "config": self.config.to_dict(), "warnings": self.warnings}
-        write_json(self._output_file, run_record(run, self._case_results, time.monotonic() - self.started))
+        return {"contract": job.contract, "dataset": job.dataset, "split": job.split, "preset": self.preset,
+                "config": self.config.to_dict(), "warnings": self.warnings}
+
+    def save(self) -> None:
+        write_json(self._output_file, run_record(self.run(), self._case_results, time.monotonic() - self.started))
         log.info("report: %s", self._output_file)
 
 
@@ -153,6 +166,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("log", None, "file to which the log is added", type=Path)
     parser.add_argument("--vector-field", action="store_true", default=os.environ.get("DINOREG_VECTOR_FIELD") == "1",
                         help="single pair: write a 3D image of vectors in place of a scalar 4D image")
+    parser.add_argument("--resume", action="store_true", default=os.environ.get("DINOREG_RESUME") == "1",
+                        help="leave pairs alone that an earlier run finished, from the same images, with the same options")
     return parser.parse_args(arguments)
 
 
@@ -194,13 +209,6 @@ def main(arguments: Sequence[str] | None = None, registrar_factory: Callable[...
     return int(failure["exit_code"])
 
 
-def end(number: int, _frame: object) -> NoReturn:
-    """Leave at a signal: what is being written is discarded, finished pairs stay."""
-    sys.stderr.write(f"dinoreg: ended by {signal.Signals(number).name}; finished pairs are kept\n")
-    sys.exit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    leave_at_signals()
     sys.exit(main())

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dinoreg import __version__
 from dinoreg.commands import check, evaluate, info, invert, jacobian, points, register, warp
 from dinoreg.errors import DinoRegError
+from dinoreg.signals import leave_at_signals
 
 COMMANDS = (register, warp, points, jacobian, invert, check, evaluate, info)
 
@@ -41,5 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def program() -> int:
+    """The command ``dinoreg``, which may be ended by signals."""
+    leave_at_signals()
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 MAX_BYTES = 2**31  # of voxels as the header declares them; 512 x 512 x 2000 at 16 bits is half of it
 
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
+_TEMPORARY = re.compile(r"\.\d+-(.+)", re.DOTALL)  # the name of a file that is being written: see ``atomic_write``
 _log = logging.getLogger(__name__)
 
 
@@ -236,6 +237,29 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files, as far as they are there, and what writes of them left that were cut off: see :func:`atomic_write`.
+
+    Whoever calls this is the only one that writes these files.
+
+    Raises:
+        OutputError: if one cannot be removed.
+    """
+    names: dict[Path, set[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, set()).add(path.name)
+    for folder, wanted in names.items():
+        if not folder.is_dir():
+            continue
+        try:
+            for path in folder.iterdir():
+                if path.name in wanted or ((left := _TEMPORARY.fullmatch(path.name)) and left[1] in wanted):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be cleared of an earlier run ({error.strerror or error}); choose another output "
+                              "folder") from error
 
 
 def check_writable(folder: Path) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dinoreg.errors import ConfigError, InputError
 from dinoreg.grandchallenge import find_single_pair
 from dinoreg.io import copy_file, image_suffix, read_volume, write_disp_mha, write_disp_nifti, write_volume
-from dinoreg.learn2reg import disp_filename, find_dataset, load_dataset, short_disp_filename
+from dinoreg.learn2reg import Pair, disp_filename, find_dataset, load_dataset, short_disp_filename
 from dinoreg.validate import check_mask, check_pair, check_volume, raise_errors
 from dinoreg.volume import Volume
 
@@ -35,6 +35,8 @@ class Case:
         same_grid: the contract counts displacements from voxel to voxel of two arrays of one shape, whatever their headers say.
         problem: why the case cannot be done; None if nothing is known against it.
         moved: an initial transform is applied first, so the headers need not overlap.
+        record: name of the report of this case alone, which comes last, relative to the output folder.
+        results: every other name under which the case may leave a file there.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Case:
     problem: str | None = None
     page: str | None = None
     moved: bool = False
+    record: str = "report.json"
+    results: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,17 +122,21 @@ def find_job(input_dir: Path, mode: str, split: str, sockets: Mapping[str, str])
     if contract == "single":
         files = find_single_pair(input_dir, sockets)
         slug = sockets["displacement-field"]
-        case = Case("single", files.fixed, files.moving, files.fixed_mask, files.moving_mask, modalities=("", ""),
-                    fields=(f"images/{slug}/{slug}.mha",), warped=None, picture=None, same_grid=False)
+        fields = (f"images/{slug}/{slug}.mha",)
+        case = Case("single", files.fixed, files.moving, files.fixed_mask, files.moving_mask, modalities=("", ""), fields=fields,
+                    warped=None, picture=None, same_grid=False, results=fields)
         return Job(contract, dataset="", split="", cases=(case,))
     dataset = load_dataset(input_dir)
-    cases = tuple(Case(pair.name, pair.fixed, pair.moving, fixed_mask=pair.companion(pair.fixed, "masks"),
-                       moving_mask=pair.companion(pair.moving, "masks"), modalities=pair.modalities,
-                       fields=tuple(filter(None, (disp_filename(pair), short_disp_filename(pair)))),
-                       warped=f"warped/warped_{pair.name}.nii.gz", picture=f"qc/{pair.name}.png", same_grid=True,
-                       problem=pair.problem)
-                  for pair in dataset.pairs(split))
-    return Job(contract, dataset.name, dataset.split(split), cases)
+    return Job(contract, dataset.name, dataset.split(split), tuple(_learn2reg_case(pair) for pair in dataset.pairs(split)))
+
+
+def _learn2reg_case(pair: Pair) -> Case:
+    fields = tuple(filter(None, (disp_filename(pair), short_disp_filename(pair))))
+    warped, picture = f"warped/warped_{pair.name}.nii.gz", f"qc/{pair.name}.png"
+    return Case(pair.name, pair.fixed, pair.moving, fixed_mask=pair.companion(pair.fixed, "masks"),
+                moving_mask=pair.companion(pair.moving, "masks"), modalities=pair.modalities, fields=fields, warped=warped,
+                picture=picture, same_grid=True, problem=pair.problem, record=f"records/{pair.name}.json",
+                results=(*fields, warped, picture))
 
 
 def load_case(case: Case) -> Images:

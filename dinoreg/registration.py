@@ -76,6 +76,14 @@ class Registrar:
                  f" ({self._encoder_name()})" if "dinov2" in config.features else "",
                  torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads")
 
+    @property
+    def engine(self) -> dict[str, Any]:
+        """What results depend on besides configuration and images: "device"; with DINOv2, "encoder" and "encoder_sha256"."""
+        device = {"device": str(self.device)}
+        if "dinov2" not in self.config.features:
+            return device
+        return device | {"encoder": self._encoder_name(), "encoder_sha256": getattr(self.encoder, "sha256", None)}
+
     def _encoder_name(self) -> str:
         return f"{getattr(self.encoder, 'arch', type(self.encoder).__name__)}, {getattr(self.encoder, 'source', 'given')}"
 
@@ -99,10 +107,7 @@ class Registrar:
         """
         stages: dict[str, dict[str, float]] = {}
         warnings: list[str] = []
-        info: dict[str, Any] = {"features": self.config.features, "device": str(self.device), "threads": torch.get_num_threads()}
-        if "dinov2" in self.config.features:
-            info["encoder"] = self._encoder_name()
-            info["encoder_sha256"] = getattr(self.encoder, "sha256", None)
+        info: dict[str, Any] = {"features": self.config.features, **self.engine, "threads": torch.get_num_threads()}
         start = np.eye(4) if initial is None else checked(initial)
         if initial is not None:
             moving, moving_mask = undone(moving, start), moving_mask and undone(moving_mask, start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import math
@@ -102,7 +103,16 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             installed[name] = "not installed"
     return {"dinoreg": __version__, "python": platform.python_version(), "packages": installed, "platform": platform.platform(),
-            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+            "code": code_sha256(), "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+
+
+@functools.cache
+def code_sha256() -> str:
+    """The sha256 of the package's source files, each with its name: a version number does not tell a changed line."""
+    root, digest = Path(__file__).resolve().parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def run_record(run: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
@@ -110,10 +120,11 @@ def run_record(run: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]], secon
 
     Args:
         run: what holds for all pairs: contract, data set, split, preset, configuration, device...
-        pairs: one record a pair, with an "error" where it failed.
+        pairs: one record a pair, with an "error" where it failed, and "resumed" where it was done by an earlier run.
         seconds: wall time of the run.
     """
     failed = [pair for pair in pairs if "error" in pair]
     return {"status": "failed" if failed else "complete", "exit_code": failed[0]["error"]["exit_code"] if failed else 0,
-            "pairs_registered": len(pairs) - len(failed), "pairs_failed": len(failed), "seconds": round(seconds, 3),
+            "pairs_registered": len(pairs) - len(failed), "pairs_failed": len(failed),
+            "pairs_resumed": sum(bool(pair.get("resumed")) for pair in pairs), "seconds": round(seconds, 3),
             "peak_rss_mb": peak_memory_mb(), **run, "environment": environment(), "pairs": list(pairs)}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dinoreg import completion
 from dinoreg.config import Config
-from dinoreg.errors import DinoRegError
+from dinoreg.errors import DinoRegError, InputError
+from dinoreg.io import check_writable, write_json
 from dinoreg.jobs import Case, Images, load_case
-from dinoreg.report import failure_record, field_metrics, file_record, one_line, summary_line
+from dinoreg.report import failure_record, field_metrics, file_record, one_line, run_record, summary_line
 from dinoreg.result import Registration
 from dinoreg.stages import stage
 from dinoreg.volume import Volume
@@ -18,11 +21,13 @@ from dinoreg.volume import Volume
 log = logging.getLogger(__name__)
 
 Register = Callable[[Case, Images], Registration]
+Record = dict[str, Any]
 Write = Callable[[Case, Images, Registration, Volume | None], list[Path]]  # the last but one: the warped image, if asked for
 
 
-def run_case(case: Case, config: Config, register: Register, write: Write, *, output: Path, root: Path | None) -> dict[str, Any]:
-    """Read, register and write one case.
+def run_case(case: Case, config: Config, register: Register, write: Write, *, output: Path, root: Path | None,
+             run: Mapping[str, Any], shared: Mapping[str, Any]) -> Record:
+    """Read, register and write one case, its own report last.
 
     Args:
         case: what is asked for.
@@ -31,27 +36,45 @@ def run_case(case: Case, config: Config, register: Register, write: Write, *, ou
         write: writes field and images and returns their files.
         output: folder to which the names of the case and of the outputs in the record are relative.
         root: folder to which the names of the inputs in the record are relative; None: as they were given.
+        run: what the report of the case says of the whole run.
+        shared: what its results follow from besides its inputs; see :func:`dinoreg.completion.recipe`.
 
     Returns:
         The record for the report; with "error" where the case failed.
     """
-    record: dict[str, Any] = {"name": case.name, "modalities": list(case.modalities)}
-    try:
-        return record | _run(case, config, register, write, output, root)
-    except DinoRegError as error:
-        log.error("%s: %s", case.name, one_line(str(error)))
-        return record | {"error": failure_record(error)}
-    except Exception as error:
-        log.exception("%s: unexpected error", case.name)
-        return record | {"error": failure_record(error)}
+    started = time.monotonic()
+    record: Record = {"name": case.name, "modalities": list(case.modalities)}
+
+    def attempt(work: Callable[[], Record]) -> Record:
+        try:
+            return work()
+        except DinoRegError as error:
+            log.error("%s: %s", case.name, one_line(str(error)))
+            return {"error": failure_record(error)}
+        except Exception as error:
+            log.exception("%s: unexpected error", case.name)
+            return {"error": failure_record(error)}
+
+    def report() -> Record:
+        write_json(output / case.record, run_record(run, [record], time.monotonic() - started))
+        return {}
+
+    record |= attempt(lambda: _run(case, config, register, write, output, root, shared))
+    # a pair that is listed twice has a problem, and the first one's record is not its own
+    return record if case.problem else attempt(report) | record
 
 
-def _run(case: Case, config: Config, register: Register, write: Write, output: Path, root: Path | None) -> dict[str, Any]:
+def _run(case: Case, config: Config, register: Register, write: Write, output: Path, root: Path | None,
+         shared: Mapping[str, Any]) -> Record:
     stages: dict[str, dict[str, float]] = {}
+    check_writable((output / case.record).parent)  # now, and not after minutes of work
     with stage("read", stages):
+        before = _stamps(case)
         images = load_case(case)
-        inputs = {role: file_record(path, root) for role in ("fixed", "moving", "fixed_mask", "moving_mask")
-                  if (path := getattr(case, role))}
+        inputs = {role: file_record(path, root) for role, path in completion.inputs(case).items()}
+        if _stamps(case) != before:
+            raise InputError(f"{case.fixed}, {case.moving} or a mask was changed while it was read; expected inputs that stay as "
+                             "they are: start again when they are complete")
     for warning in images.warnings:
         log.warning("%s: %s", case.name, warning)
     registration = register(case, images)
@@ -74,9 +97,15 @@ def _run(case: Case, config: Config, register: Register, write: Write, output: P
             except Exception as error:  # the field is there and good: a picture less is no failure
                 warnings.append(f"{name} could not be drawn ({one_line(str(error))})")
                 log.warning("%s: %s", case.name, warnings[-1])
-    outputs = [file_record(path, output) for path in files]
-    return {"inputs": inputs, "outputs": outputs, "stages": stages, "field": field, "info": registration.info,
-            "warnings": warnings}
+    return {"inputs": inputs, "outputs": [file_record(path, output) for path in files], "stages": stages, "field": field,
+            "info": registration.info, "warnings": warnings, "made_from": completion.made_from(case, inputs, shared)}
+
+
+def _stamps(case: Case) -> list[tuple[str, int, int, int]]:
+    """Name, inode, size and time of every file of a case."""
+    files = [file for path in completion.inputs(case).values()
+             for file in (sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else [])]
+    return [(str(file), found.st_ino, found.st_size, found.st_mtime_ns) for file in files for found in [file.stat()]]
 
 
 def _picture(path: Path, case: Case, images: Images, warped: Volume, registration: Registration, title: str, summary: str,

@@ -59,6 +59,7 @@ class StubRegistrar:
         self.fail = fail or {}
         self.calls: list[dict[str, Any]] = []
         self.options: dict[str, Any] = {}
+        self.engine = {"device": "stub"}
 
     def __call__(self, config: Any, **options: Any) -> StubRegistrar:  # the factory returns itself
         self.options = {"config": config, **options}
@@ -133,7 +134,8 @@ def test_learn2reg_folder_gives_a_field_a_pair_and_the_report(tmp_path: Path) ->
     registrar = StubRegistrar()
     assert _run(_dataset(tmp_path / "in", 2), tmp_path / "out", registrar=registrar) == 0
     assert _files(tmp_path / "out") == ["disp_0001_0001_0001_0000.nii.gz", "disp_0002_0001_0002_0000.nii.gz",
-                                        "qc/0001_0001_0001_0000.png", "qc/0002_0001_0002_0000.png", "report.json",
+                                        "qc/0001_0001_0001_0000.png", "qc/0002_0001_0002_0000.png",
+                                        "records/0001_0001_0001_0000.json", "records/0002_0001_0002_0000.json", "report.json",
                                         "warped/warped_0001_0001_0001_0000.nii.gz", "warped/warped_0002_0001_0002_0000.nii.gz"]
     image = nib.load(tmp_path / "out" / "disp_0001_0001_0001_0000.nii.gz")
     assert image.shape == (*SHAPE, 3) and image.get_data_dtype() == np.float32
@@ -420,7 +422,7 @@ def test_output_lost_on_the_way_fails_the_pair_and_leaves_no_half_file(tmp_path:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/warped").write_text("in the way")
     assert _run(_dataset(tmp_path / "in"), tmp_path / "out") == 5
-    assert _files(tmp_path / "out") == ["report.json", "warped"]
+    assert _files(tmp_path / "out") == ["records/0001_0001_0001_0000.json", "report.json", "warped"]
 
 
 def test_disk_that_fills_up_fails_the_pair_and_leaves_no_half_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -487,7 +489,7 @@ def test_second_run_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Mon
     source = _moved_pairs(tmp_path / "in", AFFINE)
     for out in ("a", "b"):
         assert process.main(["--input", str(source), "--output", str(tmp_path / out), *ENGINE]) == 0
-    names = [name for name in _files(tmp_path / "a") if name != "report.json"]
+    names = [name for name in _files(tmp_path / "a") if not name.endswith(".json")]  # reports hold seconds
     assert len(names) == 3
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -98,8 +98,8 @@ def differences(report: Path, weights: Path | None = None) -> list[tuple[str, st
 
 
 def _versions(environment: Mapping[str, Any]) -> dict[str, Any]:
-    return {"dinoreg": environment["dinoreg"], "python": environment["python"], "platform": environment["platform"],
-            "processors": environment["cpus"], **environment["packages"]}
+    return {"dinoreg": environment["dinoreg"], "code": environment["code"], "python": environment["python"],
+            "platform": environment["platform"], "processors": environment["cpus"], **environment["packages"]}
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:

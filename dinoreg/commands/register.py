@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +46,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; all by default")
     parser.add_argument("--confidence", action="store_true", help="also write confidence.nii.gz: 0 where the match is ambiguous, "
                         "towards 1 where one place is clearly best")
+    parser.add_argument("--resume", action="store_true", help="leave pairs alone that an earlier run finished, from the same "
+                        "images, with the same options")
     parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
     parser.set_defaults(run=run)
 
@@ -69,7 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from dinoreg.api import chosen_config
     from dinoreg.cohort import TABLES, read_pairs, write_tables
-    from dinoreg.io import check_writable
+    from dinoreg.completion import recipe, take_stock
+    from dinoreg.io import check_writable, remove
     from dinoreg.registration import Registrar
 
     given = any((arguments.fixed, arguments.moving, arguments.fixed_mask, arguments.moving_mask))
@@ -89,18 +91,23 @@ def _run(arguments: argparse.Namespace) -> None:
     initial = _initial(arguments.initial_transform)
     cases = [(_case(row, (kinds[0], kinds[1]), moved=initial is not None),
               arguments.output / row["name"] if arguments.pairs else arguments.output) for row in rows]
-    inputs = [Path(row[role]) for row in rows for role in row if role != "name" and row[role]]
-    for _, folder in cases:
-        _clear(folder, [*inputs, Path(arguments.initial_transform)] if arguments.initial_transform else inputs)
-    for name in TABLES if arguments.pairs else ():
-        (arguments.output / name).unlink(missing_ok=True)
     check_writable(arguments.output)
+    if arguments.pairs:
+        tables = [arguments.output / name for name in TABLES]
+        if arguments.pairs.resolve() in [path.resolve() for path in tables]:
+            raise ConfigError(f"{arguments.pairs}: is where the table of results goes; choose another output folder")
+        remove(tables)
     registrar = Registrar(config, weights=arguments.weights, device=arguments.device, threads=arguments.threads)
+    options = {"confidence": arguments.confidence, "initial": None if initial is None else initial.tolist()}
+    shared = recipe(config, registrar.engine, options)
+    settled = take_stock(cases, shared, resume=arguments.resume,
+                         spare=[Path(name) for name in (arguments.initial_transform, arguments.pairs) if name])
     records = []
-    for number, (case, folder) in enumerate(cases, 1):
-        log.info("pair %d of %d: %s", number, len(cases), case.name)
-        record = _register(registrar, case, initial, folder, arguments.confidence)
-        records.append(record | {"fixed": str(case.fixed), "moving": str(case.moving)})
+    for index, (case, folder) in enumerate(cases):
+        if index not in settled:
+            log.info("pair %d of %d: %s", index + 1, len(cases), case.name)
+            settled[index] = _register(registrar, case, initial, folder, arguments.confidence, shared)
+        records.append(settled[index] | {"fixed": str(case.fixed), "moving": str(case.moving)})
     if arguments.pairs:
         write_tables(arguments.output, records)
         log.info("table: %s", arguments.output / TABLES[1])
@@ -129,35 +136,17 @@ def _initial(name: str | None) -> npt.NDArray[np.float64] | None:
 
 def _case(row: Mapping[str, str], modalities: tuple[str, str], *, moved: bool) -> Case:
     from dinoreg.jobs import Case
+    from dinoreg.result import CONFIDENCE, FILES
 
     masks = [Path(row[role]) if row[role] else None for role in ("fixed_mask", "moving_mask")]
     return Case(row["name"], Path(row["fixed"]), Path(row["moving"]), masks[0], masks[1], modalities=modalities, fields=(),
-                warped="warped.nii.gz", picture="qc.png", same_grid=False, page="report.html", moved=moved)
-
-
-def _clear(folder: Path, inputs: Sequence[Path]) -> None:
-    """Remove what an earlier run left under the names of results, the report first; never an input."""
-    from dinoreg.errors import OutputError
-    from dinoreg.result import CONFIDENCE, FILES
-
-    names = ("report.json", "report.html", "qc.png", CONFIDENCE, *FILES)
-    resolved = {path.resolve() for path in inputs}
-    if taken := [name for name in names if (folder / name).resolve() in resolved]:
-        raise ConfigError(f"{folder / taken[0]}: is an input and would be replaced by the result of that name; choose another "
-                          "output folder")
-    try:
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be cleared of an earlier run ({error.strerror or error}); choose another output "
-                          "folder") from error
+                warped="warped.nii.gz", picture="qc.png", same_grid=False, page="report.html", moved=moved,
+                results=("report.html", "qc.png", CONFIDENCE, *FILES))
 
 
 def _register(registrar: Registrar, case: Case, initial: npt.NDArray[np.float64] | None, folder: Path,
-              confidence: bool) -> dict[str, Any]:
+              confidence: bool, shared: Mapping[str, Any]) -> dict[str, Any]:
     """One pair into its folder, the report last; its record."""
-    from dinoreg.io import write_json
-    from dinoreg.report import run_record
     from dinoreg.run import run_case
 
     def register(case: Case, images: Images) -> Registration:
@@ -167,8 +156,5 @@ def _register(registrar: Registrar, case: Case, initial: npt.NDArray[np.float64]
     def write(case: Case, images: Images, registration: Registration, warped: Volume | None) -> list[Path]:
         return registration.save(folder, images.moving, warped=warped, confidence=confidence)
 
-    started = time.monotonic()
-    record = run_case(case, registrar.config, register, write, output=folder, root=None)
     run = {"contract": "register", "preset": registrar.config.preset, "config": registrar.config.to_dict(), "warnings": []}
-    write_json(folder / "report.json", run_record(run, [record], time.monotonic() - started))
-    return record
+    return run_case(case, registrar.config, register, write, output=folder, root=None, run=run, shared=shared)
