@@ -12,11 +12,15 @@ from typing import Any
 
 from dinoreg.errors import InputError
 from dinoreg.io import write_text
+from dinoreg.truth import ROLES
 
-REQUIRED, OPTIONAL = ("fixed", "moving"), ("fixed_mask", "moving_mask", "name")
+REQUIRED, OPTIONAL = ("fixed", "moving"), ("name", "fixed_mask", "moving_mask", *ROLES)
+PATHS = tuple(column for column in (*REQUIRED, *OPTIONAL) if column != "name")
 TABLES = ("results.csv", "results.html")
 _FIELD = ("displacement_mean_mm", "displacement_max_mm", "folds_percent", "sdlogj")
-COLUMNS = ("name", "status", *_FIELD, "seconds", "warnings", "fixed", "moving", "message")
+_SCORES = {"dice_before": ("dice", "before"), "dice_after": ("dice", "after"), "tre_before_mm": ("tre_mm", "before"),
+           "tre_after_mm": ("tre_mm", "after")}
+COLUMNS = ("name", "status", *_SCORES, *_FIELD, "seconds", "warnings", "fixed", "moving", "message")
 _STYLE = """body{font:15px/1.5 sans-serif;margin:2em}table{border-collapse:collapse}
 th,td{border:1px solid #ccc;padding:.2em .6em;text-align:left}.failed{background:#fdd}"""
 
@@ -25,7 +29,7 @@ def read_pairs(path: Path) -> list[dict[str, str]]:
     """The rows of a list of pairs.
 
     Args:
-        path: CSV in UTF-8 with a header: ``fixed`` and ``moving``; ``fixed_mask``, ``moving_mask`` and ``name`` if wanted.
+        path: CSV in UTF-8 with a header: ``REQUIRED`` columns, and those of ``OPTIONAL`` that are wanted.
 
     Returns:
         A dictionary a row with all columns, "" where nothing is given. Files are relative to the folder of the list; a row
@@ -64,7 +68,7 @@ def read_pairs(path: Path) -> list[dict[str, str]]:
 
 
 def write_tables(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``results.csv`` and ``results.html`` with a row a pair.
+    """Write ``results.csv`` and ``results.html`` with a row a pair; the page leaves out columns that are empty.
 
     Args:
         folder: with the folders of the pairs, to which the page links.
@@ -79,14 +83,15 @@ def write_tables(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(folder / TABLES[0], text.getvalue())
-    head = "".join(f"<th>{escape(column.replace('_', ' '))}</th>" for column in COLUMNS)
-    lines = [f'<tr class="{row["status"]}">' + "".join(f"<td>{_cell(folder, row, column)}</td>" for column in COLUMNS) + "</tr>"
+    shown = [column for column in COLUMNS if any(row[column] not in (None, "") for row in rows)]
+    head = "".join(f"<th>{escape(column.replace('_', ' '))}</th>" for column in shown)
+    lines = [f'<tr class="{row["status"]}">' + "".join(f"<td>{_cell(folder, row, column)}</td>" for column in shown) + "</tr>"
              for row in rows]
     failed = sum(row["status"] == "failed" for row in rows)
     write_text(folder / TABLES[1], "\n".join([
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Registration results</title>'
         f"<style>{_STYLE}</style></head><body>",
-        f"<h1>Registration results</h1><p>{len(rows)} pairs, {failed} failed.</p>",
+        f"<h1>Registration results</h1><p>{len(rows)} pairs, {failed} failed.{_means(rows)}</p>",
         f"<table><thead><tr>{head}</tr></thead><tbody>", *lines, "</tbody></table></body></html>", ""]))
 
 
@@ -94,9 +99,23 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     error = record.get("error")
     seconds = sum(stage["seconds"] for stage in record.get("stages", {}).values())
     measured = record.get("field", {})
-    return {"name": record["name"], "status": "failed" if error else "complete", **{name: measured.get(name) for name in _FIELD},
-            "seconds": "" if error else round(seconds, 1), "warnings": len(record.get("warnings", ())), "fixed": record["fixed"],
-            "moving": record["moving"], "message": error["message"] if error else " | ".join(record["warnings"])}
+    scores = record.get("scores", {})
+    known = {column: scores.get(kind, {}).get(state) for column, (kind, state) in _SCORES.items()}
+    return {"name": record["name"], "status": "failed" if error else "complete", **known,
+            **{name: measured.get(name) for name in _FIELD}, "seconds": "" if error else round(seconds, 1),
+            "warnings": len(record.get("warnings", ())), "fixed": record["fixed"], "moving": record["moving"],
+            "message": error["message"] if error else " | ".join(record["warnings"])}
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The means over the pairs of which something is known, in words."""
+    words = []
+    for name, before, after, unit in (("Dice", "dice_before", "dice_after", ""), ("TRE", "tre_before_mm", "tre_after_mm", " mm")):
+        values = [(row[before], row[after]) for row in rows if row[before] is not None]
+        if values:
+            first, second = (sum(column) / len(values) for column in zip(*values, strict=True))
+            words.append(f" Mean {name} of {len(values)}: {first:.3f}{unit} before, {second:.3f}{unit} after.")
+    return "".join(words)
 
 
 def _cell(folder: Path, row: Mapping[str, Any], column: str) -> str:

@@ -44,13 +44,13 @@ def recipe(config: Config, engine: Mapping[str, Any], options: Mapping[str, Any]
 
 def made_from(case: Case, inputs: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -> dict[str, Any]:
     """What the results of a case follow from: its inputs' hashes, what is asked for, and the :func:`recipe`."""
-    asked = [case.modalities, case.fields, case.warped, case.picture, case.page, case.same_grid]
+    asked = [case.modalities, case.fields, case.warped, case.picture, case.page, case.same_grid, case.space]
     return {"inputs": {role: record["sha256"] for role, record in inputs.items()}, "case": _sha256(asked), **shared}
 
 
 def inputs(case: Case) -> dict[str, Path]:
     """The case's files by role."""
-    return {role: path for role in ROLES if (path := getattr(case, role)) is not None}
+    return {role: path for role in ROLES if (path := getattr(case, role)) is not None} | dict(case.known)
 
 
 def take_stock(cases: Sequence[tuple[Case, Path]], shared: Mapping[str, Any], *, resume: bool,

@@ -67,7 +67,7 @@ _FEATURES = (_Panel("Fixed", "features of the fixed image as colours", Plane.col
 
 def write_html_report(path: Path, fixed: Volume, moving: Volume, warped: Volume, result: Registration, *, title: str,
                       names: tuple[str, str] = ("fixed image", "moving image"),
-                      scores: Mapping[str, tuple[str, str]] | None = None, warnings: Sequence[str] = (),
+                      scores: Mapping[str, tuple[str, str]] | None = None,
                       config: Mapping[str, Any] | None = None) -> None:
     """Write the page of a pair, atomically.
 
@@ -79,7 +79,6 @@ def write_html_report(path: Path, fixed: Volume, moving: Volume, warped: Volume,
         title: of the page, such as the pair's name.
         names: of the fixed and the moving image, such as their file names.
         scores: what was measured before and after registration, in words with units: {"Landmarks": ("8.5 mm", "1.1 mm")}.
-        warnings: more of them, such as those of ``dinoreg.validate``.
         config: the whole configuration, as ``Config.to_dict`` gives it.
 
     Raises:
@@ -98,9 +97,8 @@ def write_html_report(path: Path, fixed: Volume, moving: Volume, warped: Volume,
         sections.append(_section("What DINOv2 saw", "The first three principal components of its features as red, green and "
                                  "blue. The same tissue should have the same colour in both images.", _FEATURES, planes))
     metrics = field_metrics(result.disp, fixed.spacing)
-    told = [*warnings, *result.warnings]
     page = _PAGE.format(
-        title=escape(title), style=_STYLE, summary=_summary(view, look, result, told), sections="\n".join(sections),
+        title=escape(title), style=_STYLE, summary=_summary(view, look, result, scores or {}), sections="\n".join(sections),
         scores=_scores(scores or {}), field=_table([(name, _number(metrics[key], unit)) for name, key, unit in _FIELD]),
         images=_images(names, (fixed, moving)), stages=_stages(result), version=escape(__version__),
         config=escape(json.dumps({"configuration": dict(config or {}), "run": result.info}, indent=1, default=str)))
@@ -108,14 +106,15 @@ def write_html_report(path: Path, fixed: Volume, moving: Volume, warped: Volume,
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may hold any bytes
 
 
-def _summary(view: View, look: Look, result: Registration, warnings: Sequence[str]) -> str:
+def _summary(view: View, look: Look, result: Registration, scores: Mapping[str, tuple[str, str]]) -> str:
     """The findings in words, worst first: what a reader has to know before looking at pictures."""
-    found = [("warning", text) for text in warnings]
+    found = [("warning", text[:1].upper() + text[1:]) for text in result.warnings]
     if look.folds > 0:
         found.append(("warning" if look.folds > _MANY_FOLDS else "note", f"The field folds in {look.folds:.2g} % of the volume "
                       "(yellow dots): tissue would have to pass through itself there."))
     else:
         found.append(("good", "The field folds nowhere."))
+    found += [("note", f"{name}: {before} before, {after} after registration.") for name, (before, after) in scores.items()]
     found.append(("note", f"Inside the body the anatomy moves by {look.mean_mm:.1f} mm on average; 95 % of it moves by less than "
                           f"{look.far_mm:.1f} mm."))
     if not np.allclose(result.initial, np.eye(4)):
@@ -124,7 +123,7 @@ def _summary(view: View, look: Look, result: Registration, warnings: Sequence[st
         unsure = 100 * float((view.confidence[view.body] < _UNSURE).mean())
         found.append(("note", f"In {unsure:.0f} % of the body the match is ambiguous (confidence below {_UNSURE:g}): there the "
                               "field follows its surroundings."))
-    if not warnings:
+    if not result.warnings:
         found.append(("good", "There are no warnings."))
     words = {"warning": "Warning", "good": "Good", "note": "Note"}
     return "\n".join(f'<li class="{kind}"><b>{words[kind]}</b> {escape(text)}</li>' for kind, text in found)

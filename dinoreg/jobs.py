@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,8 @@ class Case:
         same_grid: the contract counts displacements from voxel to voxel of two arrays of one shape, whatever their headers say.
         problem: why the case cannot be done; None if nothing is known against it.
         moved: an initial transform is applied first, so the headers need not overlap.
+        known: files with labels and points that the result is compared with, by role: see :func:`dinoreg.truth.read_truth`.
+        space: of their points, where they are .csv.
         record: name of the report of this case alone, which comes last, relative to the output folder.
         results: every other name under which the case may leave a file there.
     """
@@ -52,6 +54,8 @@ class Case:
     problem: str | None = None
     page: str | None = None
     moved: bool = False
+    known: Mapping[str, Path] = field(default_factory=dict)
+    space: str = "ras"
     record: str = "report.json"
     results: tuple[str, ...] = ()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dinoreg.jobs import Case, Images, load_case
 from dinoreg.report import failure_record, field_metrics, file_record, one_line, run_record, summary_line
 from dinoreg.result import Registration
 from dinoreg.stages import stage
+from dinoreg.truth import in_words, read_truth, worse
 from dinoreg.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -71,34 +73,54 @@ def _run(case: Case, config: Config, register: Register, write: Write, output: P
     with stage("read", stages):
         before = _stamps(case)
         images = load_case(case)
+        truth = read_truth(case.known, case.space, images.fixed, images.moving)
         inputs = {role: file_record(path, root) for role, path in completion.inputs(case).items()}
         if _stamps(case) != before:
-            raise InputError(f"{case.fixed}, {case.moving} or a mask was changed while it was read; expected inputs that stay as "
-                             "they are: start again when they are complete")
+            raise InputError(f"{case.fixed}, {case.moving} or what belongs to them was changed while it was read; expected inputs "
+                             "that stay as they are: start again when they are complete")
     for warning in images.warnings:
         log.warning("%s: %s", case.name, warning)
     registration = register(case, images)
     stages |= registration.stages
-    warnings = [*images.warnings, *registration.warnings]
     with stage("write", stages):
         warped = registration.warp(images.moving) if case.warped else None
         files = write(case, images, registration, warped)
     with stage("metrics", stages):
-        field = field_metrics(registration.disp, images.fixed.spacing)
+        field, scores = field_metrics(registration.disp, images.fixed.spacing), truth.scores(registration)
+    for warning in (found := [*registration.warnings, *worse(scores)]):
+        log.warning("%s: %s", case.name, warning)
+    registration = replace(registration, warnings=[*images.warnings, *found])
+    undrawn: list[str] = []
     if warped is not None:
         title = f"{case.name}, preset {config.preset}, features {config.features}"
-        for kind, name, draw in (("picture", case.picture, _picture), ("page", case.page, _page)):
+        told = in_words(scores)
+        summary = "; ".join([*(f"{name} {before} \N{RIGHTWARDS ARROW} {after}" for name, (before, after) in told.items()),
+                             summary_line(field, len(registration.warnings))])
+
+        def draw_picture(path: Path) -> None:
+            from dinoreg.qc import write_qc  # here, for matplotlib takes its time to load
+
+            write_qc(path, images.fixed, images.moving, warped, registration, title=title, summary=summary)
+
+        def draw_page(path: Path) -> None:
+            from dinoreg.htmlreport import write_html_report
+
+            write_html_report(path, images.fixed, images.moving, warped, registration, title=title,
+                              names=(case.fixed.name, case.moving.name), scores=told, config=config.to_dict())
+
+        for kind, name, draw in (("picture", case.picture, draw_picture), ("page", case.page, draw_page)):
             if name is None:
                 continue
             try:
                 with stage(kind, stages):
-                    draw(output / name, case, images, warped, registration, title, summary_line(field, len(warnings)), config)
+                    draw(output / name)
                 files.append(output / name)
             except Exception as error:  # the field is there and good: a picture less is no failure
-                warnings.append(f"{name} could not be drawn ({one_line(str(error))})")
-                log.warning("%s: %s", case.name, warnings[-1])
+                undrawn.append(f"{name} could not be drawn ({one_line(str(error))})")
+                log.warning("%s: %s", case.name, undrawn[-1])
     return {"inputs": inputs, "outputs": [file_record(path, output) for path in files], "stages": stages, "field": field,
-            "info": registration.info, "warnings": warnings, "made_from": completion.made_from(case, inputs, shared)}
+            "scores": scores, "info": registration.info, "warnings": [*registration.warnings, *undrawn],
+            "made_from": completion.made_from(case, inputs, shared)}
 
 
 def _stamps(case: Case) -> list[tuple[str, int, int, int]]:
@@ -106,18 +128,3 @@ def _stamps(case: Case) -> list[tuple[str, int, int, int]]:
     files = [file for path in completion.inputs(case).values()
              for file in (sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else [])]
     return [(str(file), found.st_ino, found.st_size, found.st_mtime_ns) for file in files for found in [file.stat()]]
-
-
-def _picture(path: Path, case: Case, images: Images, warped: Volume, registration: Registration, title: str, summary: str,
-             config: Config) -> None:
-    from dinoreg.qc import write_qc  # here, for matplotlib takes its time to load
-
-    write_qc(path, images.fixed, images.moving, warped, registration.disp, title=title, summary=summary)
-
-
-def _page(path: Path, case: Case, images: Images, warped: Volume, registration: Registration, title: str, summary: str,
-          config: Config) -> None:
-    from dinoreg.htmlreport import write_html_report
-
-    write_html_report(path, images.fixed, images.moving, warped, registration, title=title,
-                      names=(case.fixed.name, case.moving.name), warnings=images.warnings, config=config.to_dict())

@@ -108,13 +108,14 @@ def test_nothing_is_loaded_and_nothing_runs(tmp_path: Path) -> None:
 
 def test_names_and_messages_are_text_whatever_they_hold(tmp_path: Path) -> None:
     plain, hostile = (
-        Elements(write(tmp_path / "report.html", found={"info": {"encoder": text}, "warnings": [text]}, title=text,
-                       names=(text, text), scores={text: (text, text)}, warnings=[text], config={"preset": text}))
+        Elements(write(tmp_path / "report.html", found={"info": {"encoder": text}, "warnings": [text, text]}, title=text,
+                       names=(text, text), scores={text: (text, text)}, config={"preset": text}))
         for text in ("plain", HOSTILE))
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in plain.tags]
-    # twice the title; two names; a score's name and values; two warnings. JSON escapes the quotes of the other two.
-    assert hostile.text.count(HOSTILE) == 2 + 2 + 3 + 2
-    assert hostile.text.count("<script>alert(") == 2 + 2 + 3 + 2 + 2
+    # twice the title; two names; a score's name and values, above and in the table; two warnings. JSON escapes the quotes of the
+    # other two.
+    assert hostile.text.count(HOSTILE) == 2 + 2 + 6 + 2
+    assert hostile.text.count("<script>alert(") == 2 + 2 + 6 + 2 + 2
 
 
 def test_names_that_are_no_unicode_are_written(tmp_path: Path) -> None:
@@ -125,9 +126,9 @@ def test_names_that_are_no_unicode_are_written(tmp_path: Path) -> None:
 def test_folds_and_warnings_come_first_and_in_words(tmp_path: Path) -> None:
     good = write(tmp_path / "good.html")
     assert "The field folds nowhere." in good and "There are no warnings." in good and 'class="warning"' not in good
-    bad = write(tmp_path / "bad.html", folds=True, found={"warnings": ["at the edge"]}, warnings=["little overlap"])
+    bad = write(tmp_path / "bad.html", folds=True, found={"warnings": ["little overlap", "at the edge"]})
     assert "The field folds in" in bad and "folds nowhere" not in bad and "no warnings" not in bad
-    assert bad.index("little overlap") < bad.index("at the edge") < bad.index("The field folds in") < bad.index("<img")
+    assert bad.index("Little overlap") < bad.index("At the edge") < bad.index("The field folds in") < bad.index("<img")
 
 
 def test_confidence_and_colours_are_shown_where_there_are_any(tmp_path: Path) -> None:

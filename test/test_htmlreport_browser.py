@@ -58,7 +58,7 @@ def test_names_are_shown_as_they_are_and_warnings_without_scrolling(browser: Bro
     assert browser.evaluate("document.title") == HOSTILE
     kinds = browser.evaluate("[...document.querySelectorAll('.findings li')].map(e => "
                              "[e.className, getComputedStyle(e).borderLeftColor, e.getBoundingClientRect().bottom])")
-    assert [kind for kind, _, _ in kinds] == ["warning", "warning", "note", "note"]  # search, folds, motion, confidence
+    assert [kind for kind, _, _ in kinds] == ["warning", "warning"] + 3 * ["note"]  # search, folds; scores, motion, confidence
     assert kinds[0][1] != kinds[2][1] and kinds[2][2] < 900
 
 

@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from dinoreg import draw, qc
 from dinoreg.errors import InputError
+from dinoreg.result import Registration
 from dinoreg.volume import Volume
 
 SHAPE = (24, 20, 16)
@@ -74,7 +75,7 @@ def test_left_is_on_the_right_and_front_and_head_are_on_top(tmp_path: Path) -> N
     disp[0] = ball((16, 7, 10), 5)  # the planes go through the greatest displacement
     figure = qc._draw(draw.turned(fixed, fixed, fixed, disp), "", "")
     path = tmp_path / "qc.png"
-    qc.write_qc(path, fixed, fixed, fixed, disp)
+    qc.write_qc(path, fixed, fixed, fixed, Registration(disp, LPS))
     grey = imread(path)[..., :3].mean(axis=2)
     for row, (horizontal, vertical) in enumerate(((1, -1), (1, -1), (-1, -1))):  # axial, coronal: L right; sagittal: A left
         box = figure.axes[6 * row].get_position()
@@ -95,9 +96,9 @@ def yellow_dots(path: Path) -> int:
 def test_folds_are_marked_and_only_folds(tmp_path: Path) -> None:
     fixed, moving, disp = scene()
     disp *= 0.2
-    qc.write_qc(tmp_path / "smooth.png", fixed, moving, moving, disp)
+    qc.write_qc(tmp_path / "smooth.png", fixed, moving, moving, Registration(disp, LPS))
     disp[0, 12] += 3.0
-    qc.write_qc(tmp_path / "folded.png", fixed, moving, moving, disp)
+    qc.write_qc(tmp_path / "folded.png", fixed, moving, moving, Registration(disp, LPS))
     assert yellow_dots(tmp_path / "smooth.png") == 0
     assert yellow_dots(tmp_path / "folded.png") > 20
 
@@ -124,21 +125,35 @@ def test_no_face_of_a_moving_image_stored_in_another_order_is_lost(codes: str) -
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     fixed, moving, disp = scene()
     for name in ("a.png", "b.png"):
-        qc.write_qc(tmp_path / name, fixed, moving, moving, disp, title="pair", summary="TRE 1 mm")
+        qc.write_qc(tmp_path / name, fixed, moving, moving, Registration(disp, LPS), title="pair", summary="TRE 1 mm")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
 def test_a_constant_image_can_be_drawn(tmp_path: Path) -> None:
     flat = Volume(np.full(SHAPE, 7, dtype=np.int16), LPS)
-    qc.write_qc(tmp_path / "flat.png", flat, flat, flat, np.zeros((3, *SHAPE), dtype=np.float32))
+    qc.write_qc(tmp_path / "flat.png", flat, flat, flat, Registration(np.zeros((3, *SHAPE), dtype=np.float32), LPS))
     assert imread(tmp_path / "flat.png").ndim == 3
+
+
+def test_what_dinov2_saw_is_drawn_where_it_is_known(tmp_path: Path) -> None:
+    fixed, moving, disp = scene()
+    colours = np.zeros((2, 6, 5, 4, 3), dtype=np.uint8)
+    colours[0, ..., 0] = colours[1, ..., 2] = 255  # all red, all blue
+    for name, found in (("without.png", None), ("with.png", colours)):
+        qc.write_qc(tmp_path / name, fixed, moving, moving, Registration(disp, LPS, colours=found))
+    without, pictures = (imread(tmp_path / name)[..., :3] for name in ("without.png", "with.png"))
+    assert abs(pictures.shape[1] / without.shape[1] - 8 / 6) < 0.01
+    middle = pictures[pictures.shape[0] // 4]  # through the axial plane
+    for column, channel in ((6, 0), (7, 2)):
+        pixel = middle[int((column + 0.5) / 8 * pictures.shape[1])]
+        assert pixel[channel] > 0.9 and np.delete(pixel, channel).max() < 0.1
 
 
 def test_a_field_of_another_grid_is_refused(tmp_path: Path) -> None:
     fixed, moving, disp = scene()
     with pytest.raises(InputError, match="shape"):
-        qc.write_qc(tmp_path / "x.png", fixed, moving, moving, disp[:, 1:])
+        qc.write_qc(tmp_path / "x.png", fixed, moving, moving, Registration(disp[:, 1:], LPS))
     assert not list(tmp_path.iterdir())
 
 

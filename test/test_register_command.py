@@ -17,12 +17,14 @@ import SimpleITK as sitk
 import torch
 from small_pair import QUICK, SHIFT_MM, small_pair
 from test_dicom import write_series
+from test_truth import FIXED, MOVING, POINTS, halves, write
 
 from dinoreg import htmlreport, qc
 from dinoreg.__main__ import main
 from dinoreg.config import PRESETS, Config
 from dinoreg.errors import ConfigError
 from dinoreg.io import read_volume, write_text, write_volume
+from dinoreg.registration import Registrar
 from dinoreg.result import CONFIDENCE, FILES, Registration
 from dinoreg.transforms import read_transform
 from dinoreg.volume import Volume
@@ -191,6 +193,30 @@ def test_threads_that_wait_sleep_and_torch_is_not_loaded_before_that_is_said() -
     assert found.stdout.splitlines()[-1] == "PASSIVE"
 
 
+def test_labels_and_points_are_compared_and_do_not_change_the_result(pair: tuple[str, str], tmp_path: Path) -> None:
+    assert main(["register", *pair, "-o", str(tmp_path / "without")]) == 0
+    files = write(tmp_path, halves(FIXED, 0.0), halves(MOVING, SHIFT_MM[0]), (POINTS, POINTS + SHIFT_MM))
+    options = [word for role, path in files.items() for word in (f"--{role.replace('_', '-')}", str(path))]
+    assert main(["register", *pair, "-o", str(tmp_path / "with"), *options]) == 0
+    fields = [(tmp_path / folder / "disp_voxels.nii.gz").read_bytes() for folder in ("without", "with")]
+    assert fields[0] == fields[1]
+    (record,) = report(tmp_path / "with")["pairs"]
+    scores = record["scores"]
+    assert scores["tre_mm"]["before"] > 5 and scores["tre_mm"]["after"] < 1  # half a voxel; the shift is 5.4 mm
+    assert scores["dice"]["after"] > scores["dice"]["before"] + 0.05
+    assert record["inputs"]["fixed_points"]["file"] == str(files["fixed_points"])
+    assert "scores" in report(tmp_path / "without")["pairs"][0] and not report(tmp_path / "without")["pairs"][0]["scores"]
+
+
+def test_labels_that_do_not_fit_are_refused_before_the_work(pair: tuple[str, str], tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Registrar, "register", lambda *_, **__: pytest.fail("it registered"))
+    files = write(tmp_path, halves(MOVING, 0.0), halves(MOVING, 0.0))
+    options = [word for role, path in files.items() for word in (f"--{role.replace('_', '-')}", str(path))]
+    status = main(["register", *pair, "-o", str(tmp_path / "out"), *options])
+    assert status == 3 and "fixed_labels.nii.gz" in report(tmp_path / "out")["pairs"][0]["error"]["message"]
+
+
 # ---- lists of pairs
 
 
@@ -218,6 +244,19 @@ def test_the_table_of_an_earlier_run_is_gone_when_a_run_begins(pair: tuple[str, 
     no_weights = ["--features", "dinov2", "--weights", str(tmp_path)]
     assert main(["register", "--pairs", str(pairs), "-o", str(tmp_path / "out"), *no_weights]) == 4
     assert not (tmp_path / "out/results.csv").exists()
+
+
+def test_the_table_tells_scores_where_they_are_known(pair: tuple[str, str], tmp_path: Path) -> None:
+    write(tmp_path, halves(FIXED, 0.0), halves(MOVING, SHIFT_MM[0]), (POINTS, POINTS + SHIFT_MM))
+    pairs = write_list(tmp_path / "pairs.csv", "fixed,moving,fixed_labels,moving_labels,fixed_points,moving_points",
+                       "fixed.nii.gz,moving.mha,fixed_labels.nii.gz,moving_labels.nii.gz,,",
+                       "fixed.nii.gz,moving.mha,,,fixed_points.csv,moving_points.csv")
+    assert main(["register", "--pairs", str(pairs), "-o", str(tmp_path / "out")]) == 0
+    rows = list(csv.DictReader((tmp_path / "out/results.csv").open()))
+    assert float(rows[0]["dice_after"]) > float(rows[0]["dice_before"]) and rows[0]["tre_after_mm"] == ""
+    assert float(rows[1]["tre_after_mm"]) < 1 < float(rows[1]["tre_before_mm"]) and rows[1]["dice_after"] == ""
+    page = (tmp_path / "out/results.html").read_text()
+    assert "Mean TRE of 1: " in page and "<th>dice before</th>" in page and "<th>message</th>" not in page
 
 
 @pytest.mark.parametrize("rows", [

@@ -33,9 +33,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("moving", nargs="?", type=Path, metavar="MOVING", help="the image that is brought onto it")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="folder for the results; made if missing")
     parser.add_argument("--pairs", type=Path, metavar="CSV", help="in place of FIXED and MOVING: a list with the columns fixed, "
-                        "moving and, if wanted, fixed_mask, moving_mask, name; a folder a pair, and one table of all")
+                        "moving and, if wanted, name, fixed_mask, moving_mask, fixed_labels, moving_labels, fixed_points, "
+                        "moving_points; a folder a pair, and one table of all")
     parser.add_argument("--fixed-mask", type=Path, metavar="FILE", help="where the fixed image counts, on its grid; 0 is outside")
     parser.add_argument("--moving-mask", type=Path, metavar="FILE", help="where the moving image counts, on its grid")
+    for side in ("fixed", "moving"):
+        for kind, what in (("labels", "label map"), ("points", "points (.csv, .fcsv, .mrk.json)")):
+            parser.add_argument(f"--{side}-{kind}", type=Path, metavar="FILE", help=f"{what} of the {side} image: the "
+                                "registration does not look at it, the report says how well both sides agree")
+    parser.add_argument("--space", choices=("voxel", "ras", "lps"), default="ras", help="of points in .csv (default: ras, in mm)")
     parser.add_argument("--initial-transform", metavar="FILE", help="where to start: an affine ITK transform (.tfm, .txt, .mat, "
                         ".h5) or 4x4 numbers (.txt, RAS mm), from fixed to moving points")
     parser.add_argument("--preset", default="auto", help="auto (default: by the modalities), or a name that `dinoreg info` lists")
@@ -69,27 +75,26 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from dinoreg.api import chosen_config
-    from dinoreg.cohort import TABLES, read_pairs, write_tables
+    from dinoreg.cohort import PATHS, TABLES, read_pairs, write_tables
     from dinoreg.completion import recipe, take_stock
     from dinoreg.io import check_writable, remove
     from dinoreg.registration import Registrar
 
-    given = any((arguments.fixed, arguments.moving, arguments.fixed_mask, arguments.moving_mask))
+    given = any(getattr(arguments, role) for role in PATHS)
     if given if arguments.pairs else arguments.moving is None:
-        raise ConfigError("expected either FIXED and MOVING, with or without masks, or --pairs CSV; see --help")
+        raise ConfigError("expected either FIXED and MOVING, with what belongs to them, or --pairs CSV; see --help")
     kinds = arguments.modalities.split(",")
     config = chosen_config(arguments.preset, arguments.features, kinds)
     if arguments.confidence and config.solver == "published":
         raise ConfigError("--confidence: the preset published gives none; take another preset, or leave the option out")
     if arguments.pairs:
-        rows = [row | {role: str(arguments.pairs.parent / row[role]) for role in ("fixed", "moving", "fixed_mask", "moving_mask")
-                       if row[role]} for row in read_pairs(arguments.pairs)]
+        rows = [row | {role: str(arguments.pairs.parent / row[role]) for role in PATHS if row[role]}
+                for row in read_pairs(arguments.pairs)]
     else:
-        rows = [{"name": f"{arguments.moving.name} onto {arguments.fixed.name}", "fixed": str(arguments.fixed),
-                 "moving": str(arguments.moving), "fixed_mask": str(arguments.fixed_mask or ""),
-                 "moving_mask": str(arguments.moving_mask or "")}]
+        rows = [{role: str(getattr(arguments, role) or "") for role in PATHS}
+                | {"name": f"{arguments.moving.name} onto {arguments.fixed.name}"}]
     initial = _initial(arguments.initial_transform)
-    cases = [(_case(row, (kinds[0], kinds[1]), moved=initial is not None),
+    cases = [(_case(row, (kinds[0], kinds[1]), arguments.space, moved=initial is not None),
               arguments.output / row["name"] if arguments.pairs else arguments.output) for row in rows]
     check_writable(arguments.output)
     if arguments.pairs:
@@ -134,13 +139,15 @@ def _initial(name: str | None) -> npt.NDArray[np.float64] | None:
         raise InputError(f"{name}: {error}") from error
 
 
-def _case(row: Mapping[str, str], modalities: tuple[str, str], *, moved: bool) -> Case:
+def _case(row: Mapping[str, str], modalities: tuple[str, str], space: str, *, moved: bool) -> Case:
     from dinoreg.jobs import Case
     from dinoreg.result import CONFIDENCE, FILES
+    from dinoreg.truth import ROLES
 
     masks = [Path(row[role]) if row[role] else None for role in ("fixed_mask", "moving_mask")]
     return Case(row["name"], Path(row["fixed"]), Path(row["moving"]), masks[0], masks[1], modalities=modalities, fields=(),
                 warped="warped.nii.gz", picture="qc.png", same_grid=False, page="report.html", moved=moved,
+                known={role: Path(row[role]) for role in ROLES if row[role]}, space=space,
                 results=("report.html", "qc.png", CONFIDENCE, *FILES))
 
 
