@@ -76,8 +76,8 @@ def _run(case: Case, config: Config, register: Register, write: Write, output: P
         truth = read_truth(case.known, case.space, images.fixed, images.moving)
         inputs = {role: file_record(path, root) for role, path in completion.inputs(case).items()}
         if _stamps(case) != before:
-            raise InputError(f"{case.fixed}, {case.moving} or what belongs to them was changed while it was read; expected inputs "
-                             "that stay as they are: start again when they are complete")
+            raise InputError(f"{case.fixed}, {case.moving} or what belongs to them was changed while it was read; expected "
+                             "inputs that stay as they are: start again when they are complete")
     for warning in images.warnings:
         log.warning("%s: %s", case.name, warning)
     registration = register(case, images)
