@@ -101,8 +101,9 @@ class DinoReg(Algorithm):
             log.warning(self.warnings[-1])
             self.config = dataclasses.replace(self.config, features=self.options.features)
         self.registrar = self.registrar_factory(self.config, weights=self.options.weights, device=self.options.device,
-                                                threads=self.options.threads)
-        self.shared = recipe(self.config, self.registrar.engine, {"vector_field": self.options.vector_field})
+                                                threads=self.options.threads, time_limit=self.options.time_limit)
+        self.shared = recipe(self.config, self.registrar.engine, {"vector_field": self.options.vector_field,
+                                                                      "time_limit": self.options.time_limit})
         cases = [(case, self._output_path) for case in job.cases]
         self.settled = take_stock(cases, self.shared, resume=self.options.resume)
         if job.contract == "learn2reg":  # a single pair has no other record
@@ -162,6 +163,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("weights", None, "folder with the encoder's weights", type=Path)
     option("device", "auto", "auto, cpu or cuda")
     option("threads", None, "CPU threads", type=int)
+    option("time-limit", None, "seconds for registering a pair; when they are over, its best field so far is the result", type=float)
     option("sockets", "", "slugs of a single pair, such as fixed=cbct,moving=planning-ct")
     option("log", None, "file to which the log is added", type=Path)
     parser.add_argument("--vector-field", action="store_true", default=os.environ.get("DINOREG_VECTOR_FIELD") == "1",

@@ -20,7 +20,7 @@ from dinoreg.stages import Progress, watched
 def register(fixed: Image, moving: Image, *, fixed_mask: Image | None = None, moving_mask: Image | None = None,
              preset: str | Config = "auto", features: str | None = None, modalities: Sequence[str] = ("", ""),
              initial: npt.ArrayLike | None = None, weights: str | Path | None = None, device: str = "auto",
-             threads: int | None = None, progress: Progress | None = None) -> Registration:
+             threads: int | None = None, time_limit: float | None = None, progress: Progress | None = None) -> Registration:
     """Register one pair. For many, make a ``dinoreg.registration.Registrar``, which loads the weights once.
 
     Args:
@@ -33,6 +33,7 @@ def register(fixed: Image, moving: Image, *, fixed_mask: Image | None = None, mo
         weights: folder with the encoder's checkpoint; see ``dinoreg.weights.load_encoder``.
         device: "auto", "cpu" or "cuda".
         threads: CPU threads; all if not given.
+        time_limit: seconds; when they are over, the refinement ends and the best field so far is the result, with a warning.
         progress: called as ``progress(stage, done, total)``, at the beginning and the end of each stage and as it goes on.
 
     Returns:
@@ -46,7 +47,8 @@ def register(fixed: Image, moving: Image, *, fixed_mask: Image | None = None, mo
     volumes = {role: to_volume(image, names[role]) for role, image in given.items() if image is not None}
     images = check_images(volumes, names, moved=initial is not None)
     config = chosen_config(preset, features, modalities)
-    registrar = Registrar(config, weights=Path(weights) if weights else None, device=device, threads=threads)
+    registrar = Registrar(config, weights=Path(weights) if weights else None, device=device, threads=threads,
+                          time_limit=time_limit)
     with watched(progress):
         result = registrar.register(images.fixed, images.moving, fixed_mask=images.fixed_mask, moving_mask=images.moving_mask,
                                     modalities=modalities, initial=initial)

@@ -18,6 +18,8 @@ Memory for c channels and n voxels: 8 c n bytes of features and about 220 n for 
 from __future__ import annotations
 
 import itertools
+import math
+import time
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch.nn.functional import pad
 
 from dinoreg.config import PublishedConfig, QuirksConfig
 from dinoreg.convex import COUPLING, candidates
-from dinoreg.errors import InputError
+from dinoreg.errors import InputError, RegistrationError
 from dinoreg.grid import apply_axes, area_matrix, box_matrix, linear_matrix, shape3, warp
 from dinoreg.stages import advance
 
@@ -123,25 +125,38 @@ def discrete(fixed: Tensor, moving: Tensor, config: PublishedConfig, quirks: Qui
 
 
 def refine(fixed: Tensor, moving: Tensor, disp: Tensor, config: PublishedConfig,
-           quirks: QuirksConfig) -> tuple[Tensor, list[float]]:
+           quirks: QuirksConfig, until: float = math.inf) -> tuple[Tensor, list[float]]:
     """Adam on a vector a voxel, smoothed before it is used.
 
     Args:
         fixed, moving: features (c, i, j, k) at the voxels.
         disp: start (3, i, j, k), voxels. It is smoothed as well.
+        until: of ``time.monotonic()``; after it no iteration is begun.
 
     Returns:
-        The field of the last evaluation, which the last step has not yet changed (as released), and the loss of each.
+        The field of the last evaluation, which the last step has not yet changed (as released), and the loss of each: fewer where
+        time was up. Where a loss was not finite, the last one is NaN and the field is the one before.
+
+    Raises:
+        RegistrationError: if the first loss is not finite.
     """
     smooth = [box_matrix(n, config.box_width, config.boxes, quirks.zero_border).to(disp.device) for n in shape3(disp)]
     adjoint = [matrix.T.contiguous() for matrix in smooth]
     vectors, first, second = disp.clone(), torch.zeros_like(disp), torch.zeros_like(disp)
     losses = []
     for t in range(1, config.iterations + 1):
-        disp = apply_axes(vectors, smooth)
+        if time.monotonic() > until:
+            break
+        before, disp = disp, apply_axes(vectors, smooth)
         loss, slope = _data(fixed, moving, disp, quirks)
         roughness, bend = _diffusion(disp)
         losses.append(loss + config.regularity * roughness)
+        if not math.isfinite(losses[-1]):
+            if t == 1:
+                raise RegistrationError("the similarity of the features is not finite before the first step; please report this "
+                                        "with the images' headers")
+            losses[-1] = math.nan
+            return before, losses
         slope = apply_axes(slope.add_(bend, alpha=config.regularity), adjoint)
         first.lerp_(slope, 1 - BETA1)
         second.lerp_(slope.square_(), 1 - BETA2)

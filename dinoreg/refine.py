@@ -14,6 +14,8 @@ Lengths are in units of the level's cell size h (mm), so that anisotropic voxels
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -23,7 +25,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dinoreg.convex import FeatureVolume
+from dinoreg.errors import RegistrationError
 from dinoreg.grid import apply_axes, box_matrix, compose, gaussian_matrix, shape3, total, warp
+
+KEPT = 0.9  # share of the objective's fall that the last field has to have kept to be the result: below, Adam went astray
 
 
 class Similarity(Protocol):
@@ -174,8 +179,14 @@ def laplacian(disp: Tensor, stretch: Sequence[float]) -> Tensor:
 
 
 def refine(similarity: Similarity, disp: Tensor, spacing: Sequence[float], iterations: int, *, rate: float, regularity: float,
-           step_sigma: float, damping: float, progress: Callable[[int, float], None] | None = None) -> tuple[Tensor, list[float]]:
+           step_sigma: float, damping: float, until: float = math.inf,
+           progress: Callable[[int, float], None] | None = None) -> tuple[Tensor, list[float]]:
     """Run Adam on one lattice.
+
+    The objective is what the steps go down: the data term plus ``regularity`` times the diffusion energy a cell. It is known at
+    every field but the one after the last step; that one is returned as long as the objective kept most of its fall
+    (``KEPT``), else the field with the lowest one. The energy costs one product of field and Laplacian, and is not finite as
+    soon as the field is not: no other check is needed.
 
     Args:
         similarity: the data term on this lattice.
@@ -186,26 +197,47 @@ def refine(similarity: Similarity, disp: Tensor, spacing: Sequence[float], itera
         regularity: weight of the diffusion energy against the data term.
         step_sigma: Gaussian smoothing of each step, in the smallest cell size.
         damping: added to Adam's denominator: gradients well below it move little.
+        until: of ``time.monotonic()``; no step is begun that would end after it, by the mean length of those before.
         progress: called with the iteration and its loss.
 
     Returns:
-        The field and the data term's value before each step.
+        The field, and the data term's value before each step: fewer than ``iterations`` where time was up. Where the objective
+        was not finite, the last value is NaN and the field is the best one before.
+
+    Raises:
+        RegistrationError: if the objective is not finite at the start.
     """
     h = min(spacing)
     stretch = [h / s for s in spacing]
     to_cells = disp.new_tensor(stretch)[:, None, None, None]
     smoother = [gaussian_matrix(n, step_sigma * r) for n, r in zip(shape3(disp), stretch, strict=True)]
     first, second = torch.zeros_like(disp), torch.zeros_like(disp)
-    losses = []
+    losses: list[float] = []
+    best, start, lowest, last = disp, math.inf, math.inf, math.inf
+    began = time.monotonic()
     for t in range(1, iterations + 1):
+        if until < math.inf and (now := time.monotonic()) + (now - began) / max(t - 1, 1) > until:
+            break
         loss, slope = similarity.gradient(disp)
-        slope = slope * to_cells - regularity * laplacian(disp / to_cells, stretch)  # by the field in units of h
+        in_h = disp / to_cells  # the field in units of h
+        bend = laplacian(in_h, stretch)
+        losses.append(float(loss))
+        last = losses[-1] - 0.5 * regularity * float(total(in_h * bend)) / disp[0].numel()
+        if not math.isfinite(last):
+            if t == 1:
+                raise RegistrationError(f"the similarity of the images is not finite ({last}) before the first step; please report "
+                                        "this with the images' headers")
+            losses[-1] = math.nan
+            break
+        start = last if t == 1 else start
+        if last <= lowest:
+            best, lowest = disp, last
+        slope = slope * to_cells - regularity * bend  # by the field in units of h
         first.lerp_(slope, 0.1)
         second.lerp_(slope.square_(), 0.01)
         step = (first / (1 - 0.9**t)).div_((second / (1 - 0.99**t)).sqrt_().add_(damping)).mul_(-rate)
         disp = compose(disp, apply_axes(step, smoother) * to_cells)
-        losses.append(float(loss))
         if progress is not None:
             progress(t, losses[-1])
-    return disp, losses
-
+    kept = last <= start - KEPT * (start - lowest)  # False for NaN
+    return disp if kept or not losses else best, losses

@@ -7,7 +7,9 @@ Adam, coarse to fine -> folds repaired -> field at full resolution.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 
 COLOUR_CELLS = 96  # along the longest side of the picture of what the encoder saw
 SATURATED = 0.02  # share of cells at the edge of the search above which a warning is given
+STILL = 1e-3  # cells; a field that is nowhere longer says that nothing moved: a hundredth of what noise alone does
 
 
 class Registrar:
@@ -50,14 +53,19 @@ class Registrar:
         device: "auto" (CUDA if there is one), "cpu" or "cuda".
         threads: CPU threads; all that there are if not given.
         encoder: an encoder to use instead of a checkpoint.
+        time_limit: seconds for a pair, from the beginning of ``register``: when they are over, the refinement ends, and the
+            result is the best field so far, with a warning. What comes before (features, discrete search) and after (bringing the
+            field to the voxels) is always done. Without it, no result depends on the clock.
 
     Raises:
-        ConfigError: unknown device, CUDA asked for where there is none, threads below 1.
+        ConfigError: unknown device, CUDA asked for where there is none, threads below 1, a time limit that is not positive.
         WeightsError: the features need DINOv2 and its weights are missing or wrong.
     """
 
     def __init__(self, config: Config, weights: Path | None = None, device: str = "auto", threads: int | None = None,
-                 encoder: PatchEncoder | None = None) -> None:
+                 encoder: PatchEncoder | None = None, time_limit: float | None = None) -> None:
+        if time_limit is not None and not 0 < time_limit < math.inf:
+            raise ConfigError(f"the time limit must be a positive number of seconds; got {time_limit}")
         if threads is not None and threads < 1:
             raise ConfigError(f"threads must be at least 1; got {threads}")
         if device not in ("auto", "cpu", "cuda"):
@@ -69,6 +77,7 @@ class Registrar:
             torch.set_num_threads(threads)
         self.config = config
         self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.time_limit = time_limit
         self.encoder = encoder
         if encoder is None and "dinov2" in config.features:
             self.encoder = load_encoder(config.encoder.arch, weights, device=self.device)
@@ -105,6 +114,7 @@ class Registrar:
             InputError: an image with non-finite values or without contrast, no overlap, or an unusable initial transform.
             RegistrationError: the field is not finite, no foreground was found, or memory ran out.
         """
+        until = math.inf if self.time_limit is None else time.monotonic() + self.time_limit
         stages: dict[str, dict[str, float]] = {}
         warnings: list[str] = []
         info: dict[str, Any] = {"features": self.config.features, **self.engine, "threads": torch.get_num_threads()}
@@ -124,7 +134,12 @@ class Registrar:
                 warnings.append(f"the motion reaches the edge of the search range in {100 * saturated:.0f} % of the volume: look "
                                 "at the picture, and align the images first if they are far apart")
         with stage("refine", stages):
-            disp, info["levels"] = self._refine(pair, disp, fixed.spacing)
+            disp, info["levels"] = self._refine(pair, disp, fixed.spacing, until)
+            info["ended"] = next((level["ended"] for level in info["levels"] if level["ended"]), None)
+            warnings += self._ended_early(info["levels"])
+            if float(disp.abs().max()) < STILL and not torch.equal(pair.fixed, pair.moving):
+                warnings.append("the field is zero everywhere, though the images differ: nothing of them could be matched; check "
+                                "masks, modalities and intensities")
         with stage("finish", stages):
             disp = resize_disp(disp, fixed.shape)
             if not self.config.quirks.folds_kept:
@@ -204,13 +219,13 @@ class Registrar:
             advance(number, len(config.levels))
         return disp, saturated[0], clear
 
-    def _refine(self, pair: PairFeatures, disp: Tensor, spacing: Sequence[float]) -> tuple[Tensor, list[dict[str, Any]]]:
-        """The field on the finest lattice, and what happened on each."""
+    def _refine(self, pair: PairFeatures, disp: Tensor, spacing: Sequence[float],
+                until: float) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The field on the finest lattice that there was time for, and what happened on each."""
         if self.config.solver == "published":
             features = voxel_features(pair, self.config.quirks)
-            disp, losses = published.refine(*features, disp, self.config.published, self.config.quirks)
-            return disp, [{"lattice": list(shape3(disp)), "iterations": len(losses), "loss_first": losses[0] if losses else None,
-                           "loss_last": losses[-1] if losses else None}]
+            disp, losses = published.refine(*features, disp, self.config.published, self.config.quirks, until)
+            return disp, [{"lattice": list(shape3(disp)), **_ran(losses, self.config.published.iterations)}]
         config, shape = self.config.refine, shape3(pair.fixed)
         history: list[dict[str, Any]] = []
         total = sum(iterations for _, iterations in config.levels)
@@ -219,6 +234,9 @@ class Registrar:
             advance(sum(level["iterations"] for level in history) + done, total)
 
         for factor, iterations in config.levels:
+            if time.monotonic() > until:  # not even the features of the level are wanted any more
+                history.append(_ran([], iterations))
+                continue
             lattice = lattice_shape(shape, spacing, factor * min(spacing))
             cell = [n * s / m for n, s, m in zip(shape, spacing, lattice, strict=True)]
             terms: list[tuple[float, Similarity]] = []
@@ -230,7 +248,26 @@ class Registrar:
                 terms.append((config.information, MutualInformation(*pair.images(lattice))))
             disp, losses = refine(Sum(terms), resize_disp(disp, lattice), cell, iterations, rate=config.rate,
                                   regularity=config.regularity, step_sigma=config.step_sigma, damping=config.damping,
-                                  progress=tick)
-            history.append({"lattice": list(lattice), "cell_mm": [round(c, 3) for c in cell], "iterations": iterations,
-                            "loss_first": losses[0] if losses else None, "loss_last": losses[-1] if losses else None})
+                                  until=until, progress=tick)
+            history.append({"lattice": list(lattice), "cell_mm": [round(c, 3) for c in cell], **_ran(losses, iterations)})
         return disp, history
+
+    def _ended_early(self, levels: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What a user should know of levels that did not do all of their iterations."""
+        done, wanted = (sum(level[name] for level in levels) for name in ("iterations", "iterations_wanted"))
+        warnings = []
+        if any(level["ended"] == "time limit" for level in levels):
+            warnings.append(f"time limit of {self.time_limit:g} s: {done} of {wanted} iterations of the refinement were done; the "
+                            "field is the best so far, not the one that the preset asks for")
+        if any(level["ended"] == "not finite" for level in levels):
+            warnings.append("the refinement met values that are not finite and was ended there: the field is the best one before; "
+                            "look at the picture, and check the intensities of both images")
+        return warnings
+
+
+def _ran(losses: Sequence[float], wanted: int) -> dict[str, Any]:
+    """What the losses of a level tell; "ended" is None, "time limit" or "not finite"."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    ended = "not finite" if len(finite) < len(losses) else "time limit" if len(losses) < wanted else None
+    return {"iterations": len(finite), "iterations_wanted": wanted, "ended": ended, "loss_first": finite[0] if finite else None,
+            "loss_last": finite[-1] if finite else None}

@@ -50,6 +50,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--weights", type=Path, metavar="DIR", help="folder with the encoder's weights")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; all by default")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="for registering a pair; when they are over, its best "
+                        "field so far is the result, with a warning")
     parser.add_argument("--confidence", action="store_true", help="also write confidence.nii.gz: 0 where the match is ambiguous, "
                         "towards 1 where one place is clearly best")
     parser.add_argument("--resume", action="store_true", help="leave pairs alone that an earlier run finished, from the same "
@@ -102,8 +104,10 @@ def _run(arguments: argparse.Namespace) -> None:
         if arguments.pairs.resolve() in [path.resolve() for path in tables]:
             raise ConfigError(f"{arguments.pairs}: is where the table of results goes; choose another output folder")
         remove(tables)
-    registrar = Registrar(config, weights=arguments.weights, device=arguments.device, threads=arguments.threads)
-    options = {"confidence": arguments.confidence, "initial": None if initial is None else initial.tolist()}
+    registrar = Registrar(config, weights=arguments.weights, device=arguments.device, threads=arguments.threads,
+                          time_limit=arguments.time_limit)
+    options = {"confidence": arguments.confidence, "time_limit": arguments.time_limit,
+               "initial": None if initial is None else initial.tolist()}
     shared = recipe(config, registrar.engine, options)
     settled = take_stock(cases, shared, resume=arguments.resume,
                          spare=[Path(name) for name in (arguments.initial_transform, arguments.pairs) if name])
