@@ -163,7 +163,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("weights", None, "folder with the encoder's weights", type=Path)
     option("device", "auto", "auto, cpu or cuda")
     option("threads", None, "CPU threads", type=int)
-    option("time-limit", None, "seconds for registering a pair; when they are over, its best field so far is the result", type=float)
+    option("time-limit", None, "seconds for a pair; when they are over, its best field so far is the result", type=float)
     option("sockets", "", "slugs of a single pair, such as fixed=cbct,moving=planning-ct")
     option("log", None, "file to which the log is added", type=Path)
     parser.add_argument("--vector-field", action="store_true", default=os.environ.get("DINOREG_VECTOR_FIELD") == "1",

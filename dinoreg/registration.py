@@ -257,10 +257,10 @@ class Registrar:
         done, wanted = (sum(level[name] for level in levels) for name in ("iterations", "iterations_wanted"))
         warnings = []
         if any(level["ended"] == "time limit" for level in levels):
-            warnings.append(f"time limit of {self.time_limit:g} s: {done} of {wanted} iterations of the refinement were done; the "
-                            "field is the best so far, not the one that the preset asks for")
+            warnings.append(f"time limit of {self.time_limit:g} s: {done} of {wanted} iterations of the refinement are done; "
+                            "the field is the best so far, not the one that the preset asks for")
         if any(level["ended"] == "not finite" for level in levels):
-            warnings.append("the refinement met values that are not finite and was ended there: the field is the best one before; "
+            warnings.append("the refinement met values that are not finite and was ended: the field is the best one before; "
                             "look at the picture, and check the intensities of both images")
         return warnings
 

@@ -30,7 +30,8 @@ UNIT = (1.0, 1.0, 1.0)
 class Pull:
     """A data term with its minimum at a displacement of 1; from evaluation ``broken`` on, something is not finite."""
 
-    def __init__(self, broken: float = math.inf, loss: float | None = None, slope: float | None = None, sign: float = 1.0) -> None:
+    def __init__(self, broken: float = math.inf, loss: float | None = None, slope: float | None = None,
+                 sign: float = 1.0) -> None:
         self.broken, self.loss, self.slope, self.sign = broken, loss, slope, sign
         self.fields: list[Tensor] = []
 

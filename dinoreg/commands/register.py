@@ -50,7 +50,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--weights", type=Path, metavar="DIR", help="folder with the encoder's weights")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; all by default")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="for registering a pair; when they are over, its best "
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="for a pair; when they are over, its best "
                         "field so far is the result, with a warning")
     parser.add_argument("--confidence", action="store_true", help="also write confidence.nii.gz: 0 where the match is ambiguous, "
                         "towards 1 where one place is clearly best")
