@@ -225,7 +225,7 @@ def refine(similarity: Similarity, disp: Tensor, spacing: Sequence[float], itera
         last = losses[-1] - 0.5 * regularity * float(total(in_h * bend)) / disp[0].numel()
         if not math.isfinite(last):
             if t == 1:
-                raise RegistrationError(f"the similarity of the images is not finite before the first step; please report "
+                raise RegistrationError("the similarity of the images is not finite before the first step; please report "
                                         "this with the images' headers")
             losses[-1] = math.nan
             break
