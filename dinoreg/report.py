@@ -19,7 +19,7 @@ from dinoreg import __version__, metrics
 from dinoreg.errors import DinoRegError, InputError
 from dinoreg.stages import peak_memory_mb
 
-PACKAGES = ("torch", "numpy", "scipy", "nibabel", "SimpleITK", "safetensors", "matplotlib", "evalutils")
+PACKAGES = ("torch", "numpy", "scipy", "nibabel", "SimpleITK", "h5py", "safetensors", "matplotlib", "evalutils")
 
 
 def file_record(path: Path, root: Path | None) -> dict[str, Any]:

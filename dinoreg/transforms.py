@@ -8,8 +8,11 @@ voxels of the fixed grid, so that ``T(p) = F (F^-1 p + disp)`` with the grid's a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
@@ -140,12 +143,50 @@ def write_composite(path: Path, disp: Disp, fixed_affine: Matrix, initial: Matri
     in_voxels = np.linalg.solve(fixed_affine, np.linalg.solve(initial, fixed_affine))  # A^-1 between fixed voxels
     voxels = np.indices(disp.shape[1:], dtype=np.float64)
     rest = np.einsum("ab,bijk->aijk", in_voxels[:3, :3], voxels + disp) + in_voxels[:3, 3, None, None, None] - voxels
-    whole = sitk.CompositeTransform([from_matrix(initial).itk, from_disp(rest, fixed_affine).itk])  # the last one comes first
-    with atomic_write(path) as temporary:
+    affine, field = from_matrix(initial).itk, _field_image(rest, fixed_affine)
+    grid = (*field.GetSize(), *field.GetOrigin(), *field.GetSpacing(), *field.GetDirection())
+    parts = (("AffineTransform", affine.GetFixedParameters(), affine.GetParameters()),
+             ("DisplacementFieldTransform", grid, sitk.GetArrayViewFromImage(field).ravel()))  # the last one comes first
+    # Not through ITK, which writes the time of day into the file: the same transform gives the same bytes.
+    with atomic_write(path) as temporary, _Unfailing(temporary, "w+") as stream:
+        with h5py.File(stream, "w") as file:
+            file["ITKVersion"], file["HDFVersion"] = _text(sitk.Version.ITKVersionString()), _text(h5py.version.hdf5_version)
+            file["TransformGroup/0/TransformType"] = _text("CompositeTransform_double_3_3")
+            for number, (kind, fixed, parameters) in enumerate(parts, 1):
+                group = file.create_group(f"TransformGroup/{number}")
+                group["TransformType"] = _text(f"{kind}_double_3_3")
+                group["TransformFixedParameters"] = np.asarray(fixed, dtype=np.float64)
+                group["TransformParameters"] = np.asarray(parameters, dtype=np.float64)
+        if stream.error is not None:
+            raise stream.error
+
+
+class _Unfailing(FileIO):
+    """A file for HDF5, which crashes the process some time after a write that failed: the error is kept for its user instead."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
         try:
-            sitk.WriteTransform(whole, str(temporary))
-        except RuntimeError as error:
-            raise OutputError(f"{path}: cannot be written ({_reason(error)}); check space and permissions") from error
+            while rest:  # a call takes 2 GB at most
+                rest = rest[super().write(rest):]
+        except OSError as error:
+            self.error = self.error or error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+
+def _text(text: str) -> npt.NDArray[Any]:
+    """A string as ITK's reader wants it: in an array of one, of variable length, ASCII."""
+    return np.array([text], dtype=h5py.string_dtype("ascii"))
 
 
 def read_transform(path: Path) -> Transform:

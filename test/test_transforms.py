@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import time
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +175,26 @@ def test_an_image_is_no_field(tmp_path: Path) -> None:
     write_field_mm(tmp_path / "nan.mha", disp, np.eye(4))
     with pytest.raises(InputError, match="finite"):
         read_transform(tmp_path / "nan.mha")
+
+
+def test_the_same_composite_gives_the_same_bytes_at_another_time(tmp_path: Path) -> None:
+    disp = np.random.default_rng(0).normal(size=(3, 5, 6, 7)).astype(np.float32)
+    for name in ("a.h5", "b.h5"):
+        write_composite(tmp_path / name, disp, np.eye(4), np.eye(4))
+        time.sleep(1.05)  # HDF5 counts whole seconds
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_a_disk_that_is_full_after_any_byte_leaves_no_half_composite_and_no_crash(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in (0, 50, 500, 2000, 2500, 9000, 20000, 36000):  # the whole file has 36456 bytes
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            with pytest.raises(OutputError, match=r"x\.h5: cannot be written"):
+                write_composite(tmp_path / "x.h5", np.zeros((3, 10, 10, 10), np.float32), np.eye(4), np.eye(4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_names_are_refused_for_writing(tmp_path: Path) -> None:
