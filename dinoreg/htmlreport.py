@@ -98,7 +98,8 @@ def write_html_report(path: Path, fixed: Volume, moving: Volume, warped: Volume,
                                  "blue. The same tissue should have the same colour in both images.", _FEATURES, planes))
     metrics = field_metrics(result.disp, fixed.spacing)
     page = _PAGE.format(
-        title=escape(title), style=_STYLE, summary=_summary(view, look, result, scores or {}), sections="\n".join(sections),
+        title=escape(title), style=_STYLE, sections="\n".join(sections),
+        summary=_summary(view, look, result, fixed, moving, scores or {}),
         scores=_scores(scores or {}), field=_table([(name, _number(metrics[key], unit)) for name, key, unit in _FIELD]),
         images=_images(names, (fixed, moving)), stages=_stages(result), version=escape(__version__),
         config=escape(json.dumps({"configuration": dict(config or {}), "run": result.info}, indent=1, default=str)))
@@ -106,17 +107,22 @@ def write_html_report(path: Path, fixed: Volume, moving: Volume, warped: Volume,
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names may hold any bytes
 
 
-def _summary(view: View, look: Look, result: Registration, scores: Mapping[str, tuple[str, str]]) -> str:
+def _summary(view: View, look: Look, result: Registration, fixed: Volume, moving: Volume,
+             scores: Mapping[str, tuple[str, str]]) -> str:
     """The findings in words, worst first: what a reader has to know before looking at pictures."""
     found = [("warning", text[:1].upper() + text[1:]) for text in result.warnings]
-    if look.folds > 0:
-        found.append(("warning" if look.folds > _MANY_FOLDS else "note", f"The field folds in {look.folds:.2g} % of the volume "
-                      "(yellow dots): tissue would have to pass through itself there."))
-    else:
-        found.append(("good", "The field folds nowhere."))
+    folds = (f"The field folds in {look.folds:.2g} % of the volume (yellow dots): tissue would have to pass through itself there."
+             if look.folds else "The field folds nowhere.")
+    if look.folds > _MANY_FOLDS:
+        found.append(("warning", folds))
     found += [("note", f"{name}: {before} before, {after} after registration.") for name, (before, after) in scores.items()]
+    if look.folds <= _MANY_FOLDS:
+        found.append(("note" if look.folds else "good", folds))
     found.append(("note", f"Inside the body the anatomy moves by {look.mean_mm:.1f} mm on average; 95 % of it moves by less than "
                           f"{look.far_mm:.1f} mm."))
+    if not moving.same_grid(fixed):
+        found.append(("note", f"The images lie on different grids: fixed {_grid(fixed)}; moving {_grid(moving)}. Their headers "
+                              "say where; if \"Moving, before\" shows another part of the body, or a turned one, one is wrong."))
     if not np.allclose(result.initial, np.eye(4)):
         found.append(("note", "An affine alignment came first; it is part of the displacement."))
     if view.confidence is not None:
@@ -192,9 +198,16 @@ def _scores(scores: Mapping[str, tuple[str, str]]) -> str:
 def _images(names: tuple[str, str], volumes: tuple[Volume, Volume]) -> str:
     rows = []
     for role, name, volume in zip(("fixed", "moving"), names, volumes, strict=True):
-        rows.append((role, name, " x ".join(map(str, volume.shape)), " x ".join(f"{s:.3g}" for s in volume.spacing) + " mm",
-                     volume.orientation))
+        rows.append((role, name, " x ".join(map(str, volume.shape)), _spacing(volume), volume.orientation))
     return _table(rows, ("", "image", "voxels", "spacing", "axes run to"))
+
+
+def _spacing(volume: Volume) -> str:
+    return " x ".join(f"{s:.3g}" for s in volume.spacing) + " mm"
+
+
+def _grid(volume: Volume) -> str:
+    return f"{' x '.join(map(str, volume.shape))} voxels of {_spacing(volume)}, axes to {volume.orientation}"
 
 
 def _stages(result: Registration) -> str:

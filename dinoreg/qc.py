@@ -26,7 +26,7 @@ _COLUMNS = (("fixed", Plane.fixed), ("moving, before", Plane.before), ("moving, 
 _SEEN = (("DINOv2 saw, fixed", Plane.colours_fixed), ("DINOv2 saw, after", Plane.colours_after))
 _LEGEND = ("yellow lines: outlines of the fixed image     chequerboard: fixed and warped moving image     "
            "white grid: where each point is taken from     yellow dots: folds")
-_PANEL_INCHES, _DPI = 2.9, 90  # a picture of 1566 x 750 px is below 500 kB
+_PANEL_INCHES, _DPI = 2.9, 90  # a picture of 1566 x 750 px is about 500 kB
 
 
 def write_qc(path: Path, fixed: Volume, moving: Volume, warped: Volume, result: Registration, *, title: str = "",
@@ -38,7 +38,7 @@ def write_qc(path: Path, fixed: Volume, moving: Volume, warped: Volume, result: 
         fixed, moving, warped: see :func:`dinoreg.draw.turned`.
         result: of the pair; its colours are shown where it has them.
         title: first line, such as the pair's name.
-        summary: second line, such as metrics before and after.
+        summary: the lines below it, such as metrics before and after.
 
     Raises:
         InputError: if the shapes do not fit.
@@ -53,7 +53,7 @@ def _draw(view: View, title: str, summary: str) -> Figure:
     look, columns = look_at(view), _COLUMNS if view.colours is None else (*_COLUMNS, *_SEEN)
     size = [n * spacing for n, spacing in zip(view.fixed.shape, view.spacing, strict=True)]  # mm
     heights = [size[1], size[2], size[2]]
-    head, foot = 0.95, 0.75  # inches
+    head, foot = 0.73 + 0.22 * len(summary.split("\n")), 0.75  # inches
     width = _PANEL_INCHES * len(columns)
     height = sum(heights) * _PANEL_INCHES / max(size[0], size[1]) + head + foot
     figure = Figure(figsize=(width, height), facecolor="black")

@@ -94,8 +94,8 @@ def _run(case: Case, config: Config, register: Register, write: Write, output: P
     if warped is not None:
         title = f"{case.name}, preset {config.preset}, features {config.features}"
         told = in_words(scores)
-        summary = "; ".join([*(f"{name} {before} \N{RIGHTWARDS ARROW} {after}" for name, (before, after) in told.items()),
-                             summary_line(field, len(registration.warnings))])
+        agreement = "; ".join(f"{name} {before} \N{RIGHTWARDS ARROW} {after}" for name, (before, after) in told.items())
+        summary = "\n".join(filter(None, [agreement, summary_line(field, len(registration.warnings))]))
 
         def draw_picture(path: Path) -> None:
             from dinoreg.qc import write_qc  # here, for matplotlib takes its time to load

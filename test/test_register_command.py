@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +18,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from small_pair import QUICK, SHIFT_MM, small_pair
+from fake_encoder import affine
+from small_pair import QUICK, SHIFT_MM, scan, small_pair
 from test_dicom import write_series
 from test_truth import FIXED, MOVING, POINTS, halves, write
 
@@ -29,6 +33,7 @@ from dinoreg.result import CONFIDENCE, FILES, Registration
 from dinoreg.transforms import read_transform
 from dinoreg.volume import Volume
 
+PAGE = htmlreport.write_html_report
 WRITTEN = {*FILES, "qc.png", "report.html", "report.json"}
 
 
@@ -206,6 +211,29 @@ def test_labels_and_points_are_compared_and_do_not_change_the_result(pair: tuple
     assert scores["dice"]["after"] > scores["dice"]["before"] + 0.05
     assert record["inputs"]["fixed_points"]["file"] == str(files["fixed_points"])
     assert "scores" in report(tmp_path / "without")["pairs"][0] and not report(tmp_path / "without")["pairs"][0]["scores"]
+
+
+def test_the_page_warns_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Of an odd spacing, of little overlap, of another orientation, of motion at the edge of the search, of labels made worse."""
+    monkeypatch.setattr(htmlreport, "write_html_report", PAGE)
+    monkeypatch.setattr(htmlreport, "_DPI", 30)
+    far = np.array([14.0, 0.0, 0.0])  # the search reaches a sixth of 52 mm
+    fixed = scan(affine((2.0, 2.0, 2.0)), (24, 26, 22))
+    moving = scan(affine((2.0, 2.0, 2.0), "LPS"), fixed.shape, moved_mm=far)
+    moving = Volume(moving.array[:5], moving.affine)
+    for name, image in (("fixed", fixed), ("moving", moving)):
+        write_volume(tmp_path / f"{name}.nii.gz", Volume(image.array, np.diag([0.01, 0.01, 0.01, 1]) @ image.affine))
+    arguments = ["register", str(tmp_path / "fixed.nii.gz"), str(tmp_path / "moving.nii.gz"), "-o", str(tmp_path / "out")]
+    wrong = write(tmp_path, points=(POINTS / 100, POINTS / 100))  # that nothing moved is not so
+    options = [word for role, path in wrong.items() for word in (f"--{role.replace('_', '-')}", str(path))]
+    with caplog.at_level(logging.WARNING, "dinoreg"):
+        assert main([*arguments, *options]) == 0
+    page = (tmp_path / "out/report.html").read_text()
+    warnings = [html.unescape(text) for text in re.findall(r'<li class="warning"><b>Warning</b> (.*?)</li>', page)]
+    for text in ("expected a spacing of", " % of the fixed one", "the edge of the search range", "further apart after"):
+        assert any(text in warning for warning in warnings), (text, warnings)
+        assert any(text in message for message in caplog.messages), text
+    assert "axes to RAS; moving 5 x 26 x 22 voxels of 0.02 x 0.02 x 0.02 mm, axes to LPS" in page
 
 
 def test_labels_that_do_not_fit_are_refused_before_the_work(pair: tuple[str, str], tmp_path: Path,
