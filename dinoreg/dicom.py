@@ -77,9 +77,11 @@ def _header(name: str) -> sitk.ImageFileReader:
 
 
 def _should_be_a_slice(path: Path) -> bool:
-    """Whether a file calls itself DICOM; GDCM passes over what it cannot read, a truncated slice too."""
+    """Whether a file calls itself DICOM, by name or content; GDCM passes over what it cannot read, a truncated slice too."""
     if path.name.upper() == "DICOMDIR" or not path.is_file():
         return False
+    if path.suffix.lower() in (".dcm", ".ima"):
+        return True
     with path.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
 

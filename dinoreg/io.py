@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -30,10 +30,11 @@ from nibabel.spatialimages import HeaderDataError
 
 from dinoreg.dicom import read_series
 from dinoreg.errors import InputError, OutputError, RegistrationError
+from dinoreg.itkfile import BLOCK, EXPORT, MAX_REST, check_whole, voxel_place
 from dinoreg.volume import Volume
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
-MAX_BYTES = 2**31  # of voxels as the header declares them; 512 x 512 x 2000 at 16 bits is half of it
+MAX_BYTES = 2**31  # of voxels as the header declares them, at 4 bytes and more each: 512 x 512 x 2048
 
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # its own inverse
 _TEMPORARY = re.compile(r"\.\d+-(.+)", re.DOTALL)  # the name of a file that is being written: see ``atomic_write``
@@ -125,37 +126,51 @@ def read_volume(path: Path, *, max_bytes: int | None = None) -> Volume:
 
 
 def _read_nifti(path: Path, suffix: str, limit: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    with gzip.open(path) if suffix.endswith(".gz") else path.open("rb") as stream:
-        size_field = stream.read(4)
-        stream.seek(0)
-        kind = nib.Nifti2Header if 540 in (int.from_bytes(size_field, order) for order in ("little", "big")) else nib.Nifti1Header
-        header = kind(stream.read(kind.sizeof_hdr), check=False)  # and no extensions, whose size nobody has checked
+    with open_nifti(path, suffix) as (stream, header):
         if not (np.isfinite(header["pixdim"][1:4]).all() and header["pixdim"][1:4].all()):  # nibabel would set a zero to 1
             raise InputError(f"{path}: expected a positive spacing along each axis; got {_numbers(header['pixdim'][1:4])} mm; "
                              "correct the header")
         header.check_fix(logger=_log)
         dtype = header.get_data_dtype()
         shape = _spatial_shape(path, header.get_data_shape(), 1 if dtype.kind in "biuf" else 2)
-        _check_size(path, math.prod(shape) * dtype.itemsize + max(0, int(header["vox_offset"])), limit)
+        _check_size(path, shape, dtype.itemsize, limit, offset=int(header["vox_offset"]))
         stored = header.raw_data_from_fileobj(stream).reshape(shape, order="F")
         array = np.array(stored, dtype=dtype.newbyteorder("="), order="C")
-        stream.read(1)  # at the end of a gzip stream, this compares the checksum
+        _to_the_end(path, suffix, stream)
     slope, inter = header.get_slope_inter()
     if slope is not None and (slope, inter) != (1.0, 0.0):
-        array = (array * np.float64(slope) + np.float64(inter or 0.0)).astype(np.float32)
+        scaled = np.empty(shape, dtype=np.float32)
+        with np.errstate(over="ignore"):  # infinite values are found by the checks
+            for plane, values in zip(scaled, array, strict=True):  # one by one: in double precision
+                plane[...] = values * np.float64(slope) + np.float64(inter or 0.0)
+        array = scaled
     return array, np.asarray(header.get_best_affine(), dtype=np.float64)
 
 
+@contextlib.contextmanager
+def open_nifti(path: Path, suffix: str) -> Iterator[tuple[Any, Any]]:
+    """The (unpacked) stream of a NIfTI, right after its header, and nibabel's header, unchecked and without extensions, whose
+    size nobody has checked."""
+    with gzip.open(path) if suffix.endswith(".gz") else path.open("rb") as stream:
+        size_field = stream.read(4)
+        stream.seek(0)
+        kind = nib.Nifti2Header if 540 in (int.from_bytes(size_field, order) for order in ("little", "big")) else nib.Nifti1Header
+        yield stream, kind(stream.read(kind.sizeof_hdr), check=False)
+
+
+def _to_the_end(path: Path, suffix: str, stream: BinaryIO) -> None:
+    """Read what follows the voxels of a .gz: the checksum is compared at the end of the stream."""
+    left = MAX_REST if suffix.endswith(".gz") else 0
+    while left > 0 and (block := stream.read(BLOCK)):
+        left -= len(block)
+        if left <= 0:
+            raise InputError(f"{path}: expected an end after its voxels; got {MAX_REST / 2**20:.0f} MiB more; {EXPORT}")
+
+
 def _read_itk(path: Path, suffix: str, limit: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    _check_data_file(path)
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("NrrdImageIO" if suffix == ".nrrd" else "MetaImageIO")  # the name decides, not a guess from the content
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
+    reader = itk_reader(path, suffix)
     shape = _spatial_shape(path, reader.GetSize(), reader.GetNumberOfComponents())
-    itemsize = sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
-    _check_size(path, math.prod(shape) * itemsize, limit)
-    array, affine = from_itk(reader.Execute())
+    array, affine = from_itk(whole_itk_image(path, suffix, reader, limit))
     return array.reshape(shape), affine
 
 
@@ -176,14 +191,47 @@ def to_itk(volume: Volume) -> sitk.Image:
     return image
 
 
-def _check_data_file(path: Path) -> None:
-    """A header may name another file for its voxels: that has to be one file beside it."""
-    with path.open("rb") as stream:
-        header = stream.read(2**16)
-    for name in re.findall(rb"(?im)^(?:ElementDataFile[ \t]*=|data ?file:)[ \t]*([^\r\n]*?)[ \t]*\r?$", header):
-        name = name.decode("utf-8", "replace")
-        if name != "LOCAL" and not path_inside(path.parent, name).is_file():
-            raise InputError(f"{path}: expected its voxels in one file beside it; got {name!r}; convert to .mha or .nii.gz")
+def itk_reader(path: Path, suffix: str) -> sitk.ImageFileReader:
+    """An ITK reader that has read the header of a .mha, .mhd, .nrrd, .nii or .nii.gz. The name decides, not a guess from the
+    content.
+
+    Raises:
+        InputError: if the voxels are not in one file beside the header, or the header is none.
+        RuntimeError: if ITK cannot read it.
+    """
+    if not suffix.startswith(".nii"):
+        place = voxel_place(path, suffix)
+        if place.file is not None and not path_inside(path.parent, place.file).is_file():
+            raise InputError(f"{path}: expected its voxels in one file beside it; got {place.file!r}; convert to .mha or .nii.gz")
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO({".nrrd": "NrrdImageIO", ".nii": "NiftiImageIO", ".nii.gz": "NiftiImageIO"}.get(suffix, "MetaImageIO"))
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return reader
+
+
+def whole_itk_image(path: Path, suffix: str, reader: sitk.ImageFileReader, limit: int = MAX_BYTES) -> sitk.Image:
+    """The image of a reader from :func:`itk_reader`, once it is certain that the file holds all of it.
+
+    Raises:
+        InputError: if the header declares more than ``limit`` bytes, or the file holds less than it declares.
+        Exception: what unpacking raises for damaged bytes.
+    """
+    itemsize = int(sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent())
+    values = (*reader.GetSize(), reader.GetNumberOfComponents())
+    _check_size(path, values, itemsize, limit)
+    if not suffix.startswith(".nii"):
+        check_whole(path, voxel_place(path, suffix), math.prod(values) * itemsize)
+        return reader.Execute()
+    with open_nifti(path, suffix) as (stream, header):
+        stream.seek(int(header["vox_offset"]))
+        left = math.prod(values) * itemsize
+        while left > 0 and (block := stream.read(min(left, BLOCK))):
+            left -= len(block)
+        if left:
+            raise InputError(f"{path}: expected {left} more bytes of values, as its header declares; {EXPORT}")
+        _to_the_end(path, suffix, stream)
+    return reader.Execute()
 
 
 def _spatial_shape(path: Path, shape: Sequence[int], components: int) -> tuple[int, int, int]:
@@ -195,7 +243,9 @@ def _spatial_shape(path: Path, shape: Sequence[int], components: int) -> tuple[i
     return i, j, k
 
 
-def _check_size(path: Path, declared: int, limit: int) -> None:
+def _check_size(path: Path, shape: Sequence[int], itemsize: int, limit: int, offset: int = 0) -> None:
+    voxels = math.prod(shape)
+    declared = max(voxels * itemsize + max(0, offset), voxels * 4)  # an image is registered in single precision
     if declared > limit:
         raise InputError(f"{path}: the header declares {declared / 2**20:.0f} MiB; expected at most {limit / 2**20:.0f} MiB; "
                          "crop or resample the image")

@@ -7,6 +7,8 @@ voxels of the fixed grid, so that ``T(p) = F (F^-1 p + disp)`` with the grid's a
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -17,16 +19,20 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
 from scipy import ndimage
+from scipy.io import loadmat
 
-from dinoreg.errors import InputError, OutputError
-from dinoreg.io import LPS_FROM_RAS, atomic_write, image_suffix, set_header
+from dinoreg.errors import DinoRegError, InputError, OutputError
+from dinoreg.io import LPS_FROM_RAS, MAX_BYTES, atomic_write, image_suffix, itk_reader, set_header, whole_itk_image
 from dinoreg.volume import Volume
 
 Disp = npt.NDArray[np.float32]
 Matrix = npt.NDArray[np.float64]
 
 TRANSFORM_SUFFIXES = (".tfm", ".txt", ".mat", ".h5", ".hdf5", ".xfm")
+HDF5_SUFFIXES = (".h5", ".hdf5")
+HDF5_SECONDS, HDF5_RATE = 10.0, 2e7  # to start, and bytes a second to read: what any machine manages
 FIELD_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd")
+MAX_FIELD_BYTES = 3 * MAX_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,14 +215,62 @@ def read_transform(path: Path) -> Transform:
         if path.suffix not in TRANSFORM_SUFFIXES:
             raise InputError(f"{path}: expected one of {', '.join((*TRANSFORM_SUFFIXES, *FIELD_SUFFIXES))} for a transform; got "
                              f"{path.suffix or 'no suffix'}; convert it")
-        matrix = _matrix(path) if path.suffix == ".txt" else None
-        transform = from_matrix(matrix) if matrix is not None else Transform(sitk.ReadTransform(str(path)))
-    except RuntimeError as error:
+        if path.suffix == ".txt" and (matrix := _matrix(path)) is not None:
+            return from_matrix(matrix)
+        if path.suffix in HDF5_SUFFIXES:
+            _try_in_a_process(path)
+        if path.suffix == ".mat":
+            _check_mat(path)
+        transform = sitk.ReadTransform(str(path))
+        if transform.GetDimension() != 3:
+            raise InputError(f"{path}: expected a 3D transform; got {transform.GetDimension()} dimensions")
+        if not all(map(_finite, _parts(transform))):
+            raise InputError(f"{path}: expected finite parameters; got NaN or infinite ones; write the transform again")
+        moved = Transform(transform).points(np.vstack([np.zeros(3), 1000 * np.eye(3)]))  # raises if it is not complete
+        if not np.isfinite(moved).all():
+            raise InputError(f"{path}: expected a transform that gives finite points; got {moved.tolist()}; write it again")
+    except DinoRegError:
+        raise
+    except Exception as error:  # RuntimeError, mostly; damaged bytes make packed ones raise others, and messages that are no text
         raise InputError(f"{path}: expected an ITK transform or field; got a file that cannot be read ({_reason(error)}); "
                          "write it again") from error
-    if transform.itk.GetDimension() != 3:
-        raise InputError(f"{path}: expected a 3D transform; got {transform.itk.GetDimension()} dimensions")
-    return transform
+    return Transform(transform)
+
+
+def _parts(transform: sitk.Transform) -> list[sitk.Transform]:
+    """A composite transform's parts, or the transform itself."""
+    if transform.GetName() != "CompositeTransform":
+        return [transform]
+    whole = sitk.CompositeTransform(transform)
+    return [whole.GetNthTransform(n) for n in range(whole.GetNumberOfTransforms())]
+
+
+def _finite(transform: sitk.Transform) -> bool:
+    """Whether all parameters of a transform are finite."""
+    if transform.GetName() == "DisplacementFieldTransform":  # its parameters as a tuple would fill the memory
+        field = sitk.DisplacementFieldTransform(transform).GetDisplacementField()
+        return bool(np.isfinite(sitk.GetArrayViewFromImage(field)).all())
+    return bool(np.isfinite([*transform.GetParameters(), *transform.GetFixedParameters()]).all())
+
+
+def _try_in_a_process(path: Path) -> None:
+    """Read an HDF5 file in another process first: a damaged one can make the library crash, or never come back."""
+    code = "import sys, SimpleITK; SimpleITK.ReadTransform(sys.argv[1])"
+    try:
+        done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=False,
+                              timeout=HDF5_SECONDS + path.stat().st_size / HDF5_RATE)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError("HDF5 does not come to an end") from error
+    if done.returncode:
+        last = done.stderr.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
+        raise RuntimeError(last if done.returncode > 0 else "HDF5 crashes")
+
+
+def _check_mat(path: Path) -> None:
+    """Refuse a MATLAB file that ends early: ITK goes without the centre of rotation, its second matrix, if that is missing."""
+    content = loadmat(path)
+    if sorted(np.size(value) for name, value in content.items() if not name.startswith("__"))[:1] != [3]:
+        raise RuntimeError("the centre of rotation is missing")
 
 
 def _matrix(path: Path) -> Matrix | None:
@@ -233,7 +287,9 @@ def _matrix(path: Path) -> Matrix | None:
 
 
 def _read_field(path: Path) -> Transform:
-    image = sitk.ReadImage(str(path))
+    suffix = image_suffix(path)
+    assert suffix is not None  # the caller looked
+    image = whole_itk_image(path, suffix, itk_reader(path, suffix), MAX_FIELD_BYTES)
     size, parts = image.GetSize(), image.GetNumberOfComponentsPerPixel()
     if len(size) == 3 and parts == 3:
         field = sitk.Cast(image, sitk.sitkVectorFloat64)

@@ -209,7 +209,8 @@ def from_hub_names(hub: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     for n in range(depth):
         for kind in ("weight", "bias"):
             parts = [f"encoder.layer.{n}.attention.attention.{part}.{kind}" for part in ("query", "key", "value")]
-            if all(part in rest for part in parts):
+            found = [rest[part] for part in parts if part in rest and rest[part].ndim]
+            if len(found) == 3 and len({(value.shape, value.dtype) for value in found}) == 1:
                 state[f"blocks.{n}.attn.qkv.{kind}"] = torch.cat([rest.pop(part) for part in parts])
     for name, value in rest.items():
         for pattern, ours in _HUB_NAMES:
@@ -278,8 +279,10 @@ def _arch_of(path: Path) -> str | None:
     except OSError as error:
         raise WeightsError(f"{path}: expected a readable file; got: {error.strerror or error}; "
                            "let the user that runs this read it (chmod a+r)") from error
-    registers = shapes.get("register_tokens", (1, 0, 0))[1]
-    size = (shapes.get("cls_token", (0,))[-1], _depth(shapes), registers)
+    registers, dims = shapes.get("register_tokens", (1, 0, 0)), shapes.get("cls_token", ())
+    if len(registers) != 3 or not dims:
+        return None
+    size = (dims[-1], _depth(shapes), registers[1])
     return next((arch for arch, spec in ARCHITECTURES.items() if (spec.dim, spec.depth, spec.registers) == size), None)
 
 

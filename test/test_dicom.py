@@ -103,6 +103,15 @@ def test_a_truncated_slice_is_refused(tmp_path: Path, name: str) -> None:
         read_volume(folder)
 
 
+@pytest.mark.parametrize("size", [0, 2, 100, 131])
+def test_a_slice_cut_before_it_says_that_it_is_dicom_is_refused(tmp_path: Path, size: int) -> None:
+    folder = write_series(tmp_path / "ct")
+    path = folder / "99.dcm"  # the first slice: the others are equally far apart
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(InputError, match=r"ct: 99\.dcm cannot be read as a slice"):
+        read_volume(folder)
+
+
 def test_a_series_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected at most 0 MiB"):
         read_volume(write_series(tmp_path / "ct"), max_bytes=1000)

@@ -166,6 +166,82 @@ def test_what_is_no_transform_is_named(tmp_path: Path, name: str | None, content
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["field.nii.gz", "field.nii", "field.mha", "field.nrrd"])
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_a_truncated_field_is_refused(tmp_path: Path, name: str, share: float) -> None:
+    """ITK would give the rest of a NIfTI as zeros: no displacement."""
+    write_field_mm(tmp_path / name, smooth_disp(), header("LPS"))
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(InputError, match=f"{name}: .*write it again|{name}: .*truncated"):
+        read_transform(tmp_path / name)
+
+
+def test_a_field_whose_checksum_is_wrong_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "field.nii.gz"
+    write_field_mm(path, smooth_disp(), header("LPS"))
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="write it again"):
+        read_transform(path)
+
+
+def affine_file(path: Path) -> bytes:
+    sitk.WriteTransform(from_matrix(turned(10, 1)).itk, str(path))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("size", [0.3, 0.79, 0.95])
+def test_a_truncated_mat_is_refused(tmp_path: Path, size: float) -> None:
+    """The second matrix in it is the centre of rotation, without which ITK would go on."""
+    path = tmp_path / "a.mat"
+    content = affine_file(path)
+    assert read_transform(path).matrix() == pytest.approx(turned(10, 1))
+    path.write_bytes(content[: int(size * len(content))])
+    with pytest.raises(InputError, match="cannot be read"):
+        read_transform(path)
+
+
+@pytest.mark.parametrize("name", ["a.tfm", "a.txt"])
+@pytest.mark.parametrize(("old", "new"), [
+    (b"Parameters: ", b"Parameters: nan "), (b"Parameters: ", b"Parameters: 1e999 "), (b"Parameters: ", b"Parameters: 1e308 "),
+    (b"AffineTransform", b"Affine\xff\xfe"),
+    (b"AffineTransform", b"DisplacementFieldTransform")])
+def test_damaged_text_transforms_are_refused(tmp_path: Path, name: str, old: bytes, new: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(affine_file(path).replace(old, new, 1))
+    with pytest.raises(InputError, match=f"{name}: expected"):
+        read_transform(path)
+
+
+@pytest.mark.parametrize("part", ["affine", "field"])
+def test_a_composite_that_is_not_finite_is_refused(tmp_path: Path, part: str) -> None:
+    disp, affine = smooth_disp().astype(np.float64), turned(3, 0)
+    if part == "field":
+        disp[1, 2, 3, 4] = np.inf
+    else:
+        affine[0, 3] = np.nan
+    whole = sitk.CompositeTransform([from_matrix(affine).itk, from_disp(disp, header("RAS")).itk])
+    sitk.WriteTransform(whole, str(tmp_path / "t.h5"))
+    with pytest.raises(InputError, match="finite parameters"):
+        read_transform(tmp_path / "t.h5")
+
+
+@pytest.mark.parametrize(("reader", "message"), [("kill -SEGV $$", "crashes"), ("sleep 60", "does not come to an end"),
+                                                 ("echo some words >&2; exit 1", "some words")])
+def test_hdf5_that_makes_the_library_crash_or_hang_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str,
+                                                              message: str) -> None:
+    path, stub = tmp_path / "t.h5", tmp_path / "python"
+    write_composite(path, smooth_disp(), header("RAS"), np.eye(4))
+    stub.write_text(f"#!/bin/bash\n{reader}\n")
+    stub.chmod(0o755)
+    monkeypatch.setattr("dinoreg.transforms.sys.executable", str(stub))
+    monkeypatch.setattr("dinoreg.transforms.HDF5_SECONDS", 0.5)
+    with pytest.raises(InputError, match=message):
+        read_transform(path)
+
+
 def test_an_image_is_no_field(tmp_path: Path) -> None:
     sitk.WriteImage(to_itk(image(np.eye(4))), str(tmp_path / "image.mha"))
     with pytest.raises(InputError, match="3-vectors"):

@@ -233,6 +233,8 @@ def test_hub_file_is_checked_where_the_manifest_has_a_hash(tmp_path: Path) -> No
     ("cut", "complete safetensors"),
     ("missing", "blocks.1.attn.qkv.bias is missing"),
     ("unknown", "pooler.dense.weight is unknown"),
+    ("shape", "blocks.0.attn.qkv.weight is missing"),
+    ("scalar", "blocks.0.attn.qkv.bias is missing"),
 ])
 def test_damaged_hub_file_is_refused(tmp_path: Path, damage: str, complaint: str) -> None:
     path = tmp_path / "model.safetensors"
@@ -241,6 +243,10 @@ def test_damaged_hub_file_is_refused(tmp_path: Path, damage: str, complaint: str
         del content["encoder.layer.1.attention.attention.key.bias"]
     if damage == "unknown":
         content["pooler.dense.weight"] = torch.zeros(2)
+    if damage == "shape":
+        content["encoder.layer.0.attention.attention.key.weight"] = torch.zeros(32 * 32)
+    if damage == "scalar":
+        content |= {f"encoder.layer.0.attention.attention.{part}.bias": torch.tensor(1.0) for part in ("query", "key", "value")}
     safetensors.torch.save_file(content, path)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-100])
@@ -321,7 +327,9 @@ def test_auto_without_weights_names_files_places_and_the_command(tmp_path: Path)
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("content", [{"weight": torch.zeros(2)}, None])
+@pytest.mark.parametrize("content", [
+    {"weight": torch.zeros(2)}, None, {"embeddings.cls_token": torch.tensor(1.0)},
+    {"embeddings.cls_token": torch.zeros(1, 1, 32), "embeddings.register_tokens": torch.zeros(4)}])
 def test_auto_says_that_a_hub_file_is_none_it_knows(tmp_path: Path, content: dict[str, Tensor] | None) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(content, path) if content else path.write_bytes(b"cut off")

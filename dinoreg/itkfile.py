@@ -1,0 +1,136 @@
+"""Where a MetaImage or NRRD keeps its voxels, and whether all of them are there: asked before ITK reads the file.
+
+Voxels that are packed and end early come back from ITK as zeros (MetaImage) or with whatever a wrong checksum hides (NRRD), a
+header that declares gigabytes makes it take them before it looks for them, and a MetaImage of 256 dimensions makes it read what
+is not its own.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from dinoreg.errors import InputError
+
+HEADER = 2**16  # bytes within which a header has to end
+BLOCK = 2**22  # bytes unpacked at a time
+MAX_REST = 2**26  # bytes that may follow the voxels
+MAX_DIMENSIONS = 10  # of ITK's MetaImage; nothing there holds more
+EXPORT = "the file is truncated or damaged: copy or export it again"
+
+
+@dataclass(frozen=True)
+class VoxelPlace:
+    """Where the voxels of an image file lie.
+
+    Attributes:
+        file: name of the file beside the header that holds them; None: the header's own.
+        offset: of their first byte there.
+        packing: "zlib", "gzip", "bzip2", "raw", or "" (text).
+    """
+
+    file: str | None
+    offset: int
+    packing: str
+
+
+def voxel_place(path: Path, suffix: str) -> VoxelPlace:
+    """Where the voxels of a .mha, .mhd or .nrrd lie, by its header.
+
+    Raises:
+        InputError: if the header has no end, more dimensions than its format, or a way of packing that cannot be checked.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(HEADER)
+    return _nrrd(path, start) if suffix == ".nrrd" else _meta(path, start)
+
+
+def _meta(path: Path, start: bytes) -> VoxelPlace:
+    end = re.search(rb"(?im)^ElementDataFile[ \t]*=[ \t]*([^\r\n]*?)[ \t]*(\r?\n|\r|\Z)", start)
+    if end is None:
+        raise InputError(f"{path}: expected a MetaImage; got a header without ElementDataFile; {EXPORT}")
+    header, name = start[: end.start()], end.group(1).decode("utf-8", "replace")
+    for value in re.findall(rb"(?im)^NDims[ \t]*=[ \t]*([^\r\n]*)", header):
+        if not re.fullmatch(rb"\d{1,2}[ \t]*", value) or not 1 <= int(value) <= MAX_DIMENSIONS:
+            got = value[:20].decode("utf-8", "replace")
+            raise InputError(f"{path}: expected a 3D image; got NDims = {got}; correct the header")
+    text = re.search(rb"(?im)^BinaryData[ \t]*=[ \t]*[f0]", header)
+    packed = re.search(rb"(?im)^CompressedData[ \t]*=[ \t]*[t1]", header)
+    inside = name.upper() == "LOCAL"
+    return VoxelPlace(None if inside else name, end.end() if inside else 0, "zlib" if packed else "" if text else "raw")
+
+
+def _nrrd(path: Path, start: bytes) -> VoxelPlace:
+    end = re.search(rb"\r?\n\r?\n", start)
+    header = start[: end.start()] if end else start
+    file = re.search(rb"(?im)^data ?file:[ \t]*([^\r\n]*?)[ \t]*\r?$", header)
+    if end is None and (file is None or len(start) == HEADER):
+        raise InputError(f"{path}: expected a NRRD; got a header without an end; {EXPORT}")
+    encoding = re.search(rb"(?im)^encoding:[ \t]*(\S+)", header)
+    packing = {b"gzip": "gzip", b"gz": "gzip", b"bzip2": "bzip2", b"bz2": "bzip2", b"raw": "raw"}.get(
+        encoding.group(1).lower() if encoding else b"", "")
+    if packing and (skip := re.search(rb"(?im)^(line|byte) ?skip:[ \t]*-?\d*[1-9]\d*", header)):
+        raise InputError(f"{path}: expected voxels from the beginning of their file; got {skip.group().decode()!r}; convert the "
+                         "image to .nii.gz")
+    return VoxelPlace(file.group(1).decode("utf-8", "replace") if file else None, end.end() if end and not file else 0, packing)
+
+
+def check_whole(path: Path, place: VoxelPlace, declared: int) -> None:
+    """Refuse a file that holds less than its header declares, or whose checksum is wrong; nothing of it is kept in memory.
+
+    Args:
+        path: the file named by the user.
+        place: see :func:`voxel_place`.
+        declared: bytes of voxels, by the header.
+
+    Raises:
+        InputError: see above.
+        OSError, EOFError, zlib.error: the packed bytes are damaged.
+    """
+    source = path if place.file is None else path.parent / place.file
+    if place.packing == "raw":
+        found = source.stat().st_size - place.offset
+    elif place.packing:
+        with source.open("rb") as stream:
+            stream.seek(place.offset)
+            found = 0
+            for block in _UNPACK[place.packing](stream):  # to the end, where the checksum is
+                found += block
+                if found > declared + MAX_REST:
+                    raise InputError(f"{path}: expected {declared} bytes of voxels, as its header declares; got more; {EXPORT}")
+    else:
+        return
+    if found < declared:
+        raise InputError(f"{path}: expected {declared} bytes of voxels, as its header declares; got {found}; {EXPORT}")
+
+
+def _unzlib(stream: BinaryIO) -> Iterator[int]:
+    """Sizes of the unpacked blocks of a zlib stream; raises if it has no end."""
+    unpacker = zlib.decompressobj()
+    while not unpacker.eof:
+        data = unpacker.unconsumed_tail or stream.read(2**16)
+        block = unpacker.decompress(data, BLOCK)
+        if not data and not block:
+            raise EOFError("the packed voxels end early")
+        yield len(block)
+
+
+def _ungzip(stream: BinaryIO) -> Iterator[int]:
+    with gzip.open(stream) as unpacked:
+        while block := unpacked.read(BLOCK):
+            yield len(block)
+
+
+def _unbzip2(stream: BinaryIO) -> Iterator[int]:
+    with bz2.open(stream) as unpacked:
+        while block := unpacked.read(BLOCK):
+            yield len(block)
+
+
+_UNPACK: dict[str, Callable[[BinaryIO], Iterator[int]]] = {"zlib": _unzlib, "gzip": _ungzip, "bzip2": _unbzip2}
