@@ -109,6 +109,7 @@ class RefineConfig:
     """The continuous stage."""
 
     levels: tuple[tuple[float, int], ...] = ((2, 60), (1, 40))  # (cell in the smallest voxel spacing, iterations)
+    max_cells: int = 16_000_000  # of the finest level; where it would have more, the cells of all levels are larger by one factor
     lncc: float = 0.0  # weight of the local cross-correlation of intensities: where modalities match
     features: float = 1.0  # weight of the squared feature difference: where they do not
     information: float = 0.0  # weight of the mutual information of intensities: between CT and MR, beside features
@@ -121,6 +122,7 @@ class RefineConfig:
     def __post_init__(self) -> None:
         _require(all(cell >= 0.5 and isinstance(iterations, int) and iterations >= 0 for cell, iterations in self.levels),
                  f"refine.levels: cells must be at least 0.5, iterations whole numbers from 0; got {self.levels}")
+        _require(self.max_cells >= 1000, f"refine.max_cells must be at least 1000; got {self.max_cells}")
         weights = (self.lncc, self.features, self.information)
         _require(min(weights) >= 0 and max(weights) > 0,
                  "refine.lncc, refine.features and refine.information must not be negative, and one of them positive")

@@ -25,7 +25,7 @@ class PairFeatures:
 
     Attributes:
         fixed, moving: intensities (i, j, k) in [0, 1], on the fixed grid.
-        fixed_valid, moving_valid: (i, j, k) in {0, 1}, where they hold data.
+        fixed_valid, moving_valid: (i, j, k) bool, where they hold data.
         dino: projected DINOv2 tokens, or None.
         mind: settings of MIND-SSC, or None for no MIND features.
     """
@@ -39,8 +39,8 @@ class PairFeatures:
 
     def images(self, lattice: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Both images and both weights on a lattice."""
-        fixed, moving, wf, wm = resize(torch.stack([self.fixed, self.moving, self.fixed_valid, self.moving_valid]), lattice)
-        return fixed, moving, wf, wm
+        fixed, moving = resize(self.fixed, lattice), resize(self.moving, lattice)
+        return fixed, moving, resize(self.fixed_valid.float(), lattice), resize(self.moving_valid.float(), lattice)
 
     def on(self, lattice: Shape) -> tuple[FeatureVolume, FeatureVolume]:
         """Scaled features and weights of both images on a lattice."""

@@ -15,6 +15,7 @@ exact at the borders; three of them make a separable operation on a volume, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -22,7 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, grid_sample, max_pool3d, pad
 
+from dinoreg.slabs import slabs, wider
+
 Shape = tuple[int, int, int]
+GAUSS_REACH = 14  # cells: exp(-15^2 / 2) is zero in float32
 SLABS = 8  # a warp is cut into this many slabs whatever the machine, so that the result does not depend on the thread count
 
 
@@ -128,14 +132,23 @@ def resize(x: Tensor, shape: Shape) -> Tensor:
 
 def resize_disp(disp: Tensor, shape: Shape) -> Tensor:
     """Bring a displacement field (3, i, j, k) to another lattice over the same extent, in cells of that lattice."""
+    if shape3(disp) == shape:
+        return disp.clone()
     scale = disp.new_tensor([m / n for n, m in zip(shape3(disp), shape, strict=True)])
-    return resize(disp, shape) * scale[:, None, None, None]
+    return resize(disp, shape).mul_(scale[:, None, None, None])
 
 
 def lattice_shape(shape: Shape, spacing: Sequence[float], cell_mm: float) -> Shape:
     """Cells of about ``cell_mm`` millimetres over a volume, never finer than its voxels and at least one an axis."""
     i, j, k = (max(1, min(n, round(n * s / cell_mm))) for n, s in zip(shape, spacing, strict=True))
     return i, j, k
+
+
+def limited_cell(shape: Shape, spacing: Sequence[float], cell_mm: float, max_cells: int) -> float:
+    """The smallest cell from ``cell_mm`` on, to 1 %, whose lattice (``lattice_shape``) has at most ``max_cells`` cells."""
+    while (cells := math.prod(lattice_shape(shape, spacing, cell_mm))) > max_cells:
+        cell_mm *= max(1.001, (cells / max_cells) ** (1 / 3))  # too little where an axis keeps its voxels: then once more
+    return cell_mm
 
 
 def identity(shape: Shape, device: torch.device | str = "cpu") -> Tensor:
@@ -198,30 +211,50 @@ def jacobian_determinant(disp: Tensor) -> Tensor:
     return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
 
 
-def unfold(disp: Tensor, floor: float = 0.05, passes: int = 50) -> tuple[Tensor, int]:
+def unfold(disp: Tensor, floor: float = 0.05, passes: int = 50) -> int:
     """Smooth a field just where it folds or nearly does, until det(I + grad disp) >= ``floor`` everywhere.
 
     Each pass replaces the field within some voxels of every offending one by its Gaussian average (sigma 1 voxel), so that the
     rest stays as it is, to the bit. The determinant is that of central differences at the voxels, as folds are counted.
 
     Args:
-        disp: (3, i, j, k), voxels.
+        disp: (3, i, j, k), voxels; is changed in place.
         floor: smallest determinant wanted; 1 means no change of volume.
         passes: at most; the neighbourhood grows by a voxel every ten.
 
     Returns:
-        The field and the number of voxels that were below ``floor`` at first.
+        The number of voxels that were below ``floor`` at first.
     """
-    blur = [gaussian_matrix(n, 1.0) for n in shape3(disp)]
+    shape = shape3(disp)
     first = 0
     for number in range(passes):
-        bad = jacobian_determinant(disp) < floor
+        bad = torch.empty(shape, dtype=torch.bool, device=disp.device)
+        for slab in slabs(shape):
+            rows, inner = wider(slab, 1, shape[0])
+            bad[slab] = (jacobian_determinant(disp[:, rows]) < floor)[inner]
         count = int(bad.sum())
         first = first or count
         if not count:
             break
-        width = 2 * (1 + number // 10) + 1
-        near = max_pool3d(bad[None, None].float(), width, stride=1, padding=width // 2)
-        near = apply_axes(near[0], [box_matrix(n, 3) for n in shape3(disp)])  # a soft edge, so that none is cut into the field
-        disp = torch.lerp(disp, apply_axes(disp, blur), near)
-    return disp, first
+        smooth_near(disp, bad, 1 + number // 10)
+    return first
+
+
+def smooth_near(disp: Tensor, marked: Tensor, reach: int) -> None:
+    """Replace a field (3, i, j, k), in place, by its Gaussian average (sigma 1 cell) within ``reach`` cells of the marked ones
+    (i, j, k) bool, and by part of it one cell farther: a soft edge, so that none is cut into the field."""
+    shape = shape3(disp)
+    blur = [gaussian_matrix(n, 1.0) for n in shape]
+    assert blur[0] is not None
+    changed = []
+    for slab in slabs(shape):
+        rows, inner = wider(slab, reach + 1, shape[0])
+        if not bool(marked[rows].any()):
+            continue
+        near = max_pool3d(marked[rows][None, None].float(), 2 * reach + 1, stride=1, padding=reach)[0]
+        near = apply_axes(near, [box_matrix(n, 3) for n in shape3(near)])[:, inner]
+        rows, inner = wider(slab, GAUSS_REACH, shape[0])
+        average = apply_axes(disp[:, rows], [blur[0][slab, rows], *blur[1:]])
+        changed.append((slab, torch.lerp(disp[:, slab], average, near)))
+    for slab, field in changed:
+        disp[:, slab] = field

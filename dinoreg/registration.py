@@ -26,7 +26,7 @@ from dinoreg.convex import discrete
 from dinoreg.dino import pair_features
 from dinoreg.errors import ConfigError, InputError, RegistrationError
 from dinoreg.features import PairFeatures
-from dinoreg.grid import compose, lattice_shape, resize, resize_disp, shape3, unfold
+from dinoreg.grid import compose, lattice_shape, limited_cell, resize, resize_disp, shape3, unfold
 from dinoreg.initial import checked, folded, undone
 from dinoreg.preprocess import body_mask, grown, on_grid, to_unit_range, valid_region
 from dinoreg.published_features import encode_pair, slice_masks, voxel_features
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 COLOUR_CELLS = 96  # along the longest side of the picture of what the encoder saw
 SATURATED = 0.02  # share of cells at the edge of the search above which a warning is given
+LARGEST = 1e37  # a tenth of what float32 can hold: differences of values have to stay finite as well
 STILL = 1e-3  # cells; a field that is nowhere longer says that nothing moved: a hundredth of what noise alone does
 
 
@@ -127,6 +128,7 @@ class Registrar:
         if "dinov2" in self.config.features:
             with stage("encode", stages):
                 pair = self._encode(pair, shown, bodies, fixed.affine)
+                del shown, bodies
         with stage("discrete", stages):
             disp, saturated, clear = self._discrete(pair, fixed.spacing)
             info["saturated"] = saturated
@@ -141,50 +143,55 @@ class Registrar:
                 warnings.append("the field is zero everywhere, though the images differ: nothing of them could be matched; check "
                                 "masks, modalities and intensities")
         with stage("finish", stages):
+            tokens = pair.dino
+            del pair  # the images have done their part
             disp = resize_disp(disp, fixed.shape)
             if not self.config.quirks.folds_kept:
-                disp, info["repaired_voxels"] = unfold(disp)
+                info["repaired_voxels"] = unfold(disp)
             seen = None
-            if colours and pair.dino is not None:
+            if colours and tokens is not None:
                 longest = max(n * s for n, s in zip(fixed.shape, fixed.spacing, strict=True))
-                seen = pair.dino.colours(lattice_shape(fixed.shape, fixed.spacing, longest / COLOUR_CELLS), disp)
+                seen = tokens.colours(lattice_shape(fixed.shape, fixed.spacing, longest / COLOUR_CELLS), disp)
             confidence = None if clear is None else resize(clear, fixed.shape).cpu().numpy()
             result = folded(disp.float().cpu().numpy(), start, fixed.affine)
-        if not np.isfinite(result).all():
+        if not np.isfinite([result.min(), result.max()]).all():
             raise RegistrationError("the field holds values that are not finite; please report this with the images' headers")
         return Registration(result, fixed.affine, stages, warnings, info, start, confidence, seen)
 
     def _prepare(self, fixed: Volume, moving: Volume, fixed_mask: Volume | None, moving_mask: Volume | None,
                  kinds: Sequence[str]) -> tuple[PairFeatures, list[Tensor], list[Tensor]]:
-        """Both images on the fixed grid, scaled, with their regions; what the encoder sees of them; and the body masks."""
+        """Both images on the fixed grid, scaled, with their regions; what the encoder sees of them, and the body masks (of both,
+        or nothing where there is no encoder)."""
         images, shown, regions, bodies = [], [], [], []
+        encoded, quirks = "dinov2" in self.config.features, self.config.quirks
         for name, image, mask, kind in (("fixed", fixed, fixed_mask, kinds[0]), ("moving", moving, moving_mask, kinds[1])):
-            if not np.isfinite(image.array).all():
+            extremes = (float(image.array.min()), float(image.array.max()))
+            if not np.isfinite(extremes).all():
                 raise InputError(f"the {name} image holds NaN or infinite values: replace them, or mask them out and fill them")
+            if max(map(abs, extremes)) > LARGEST:
+                raise InputError(f"the {name} image holds values of up to {max(map(abs, extremes)):.3g}; expected no more than "
+                                 f"{LARGEST:g}: check it, and replace what marks missing values")
             array = np.asarray(on_grid(image, fixed), dtype=np.float32)
-            if not np.isfinite(array).any():
+            if np.isnan(np.fmax.reduce(array, None)):
                 raise InputError("by their headers the images have no voxel in common: correct the headers, or align them first")
-            try:
-                unit, seen = (to_unit_range(array, kind, windows, self.config.quirks.all_voxel_percentiles)
-                              for windows in (self.config.intensity, self.config.encoder_intensity))
-            except InputError as error:
-                raise InputError(f"{name} image: {error}") from error
             valid = valid_region(array)
             if mask is not None:
                 valid &= grown(np.asarray(on_grid(mask, fixed, order=0)) != 0)
                 if not valid.any():
                     raise InputError(f"the {name} mask leaves nothing of the {name} image: correct it, or leave it out")
-            images.append(unit)
-            shown.append(torch.from_numpy(seen))
-            regions.append(valid)
-            if "dinov2" not in self.config.features:
-                bodies.append(valid)
-            else:
-                bodies.append(slice_masks(seen, kind) if self.config.quirks.slice_masks else body_mask(unit, valid))
-        tensors = [torch.from_numpy(x).to(self.device) for x in (*images, *(r.astype(np.float32) for r in regions))]
+            try:
+                unit = to_unit_range(array, kind, self.config.intensity, quirks.all_voxel_percentiles)
+                seen = (to_unit_range(array, kind, self.config.encoder_intensity, quirks.all_voxel_percentiles) if encoded
+                        else None)
+            except InputError as error:
+                raise InputError(f"{name} image: {error}") from error
+            images.append(torch.from_numpy(unit).to(self.device))
+            regions.append(torch.from_numpy(valid).to(self.device))
+            if seen is not None:
+                shown.append(torch.from_numpy(seen))
+                bodies.append(torch.from_numpy(slice_masks(seen, kind) if quirks.slice_masks else body_mask(unit, valid)))
         mind = self.config.mind if "mind" in self.config.features else None
-        pair = PairFeatures(tensors[0], tensors[1], tensors[2], tensors[3], None, mind)
-        return pair, shown, [torch.from_numpy(body) for body in bodies]
+        return PairFeatures(images[0], images[1], regions[0], regions[1], None, mind), shown, bodies
 
     def _encode(self, pair: PairFeatures, shown: list[Tensor], bodies: list[Tensor],
                 affine: npt.NDArray[np.float64]) -> PairFeatures:
@@ -233,11 +240,13 @@ class Registrar:
         def tick(done: int, _: float) -> None:
             advance(sum(level["iterations"] for level in history) + done, total)
 
+        finest = min((factor for factor, _ in config.levels), default=1.0)
+        unit = limited_cell(shape, spacing, finest * min(spacing), config.max_cells) / finest
         for factor, iterations in config.levels:
             if time.monotonic() > until:  # not even the features of the level are wanted any more
                 history.append(_ran([], iterations))
                 continue
-            lattice = lattice_shape(shape, spacing, factor * min(spacing))
+            lattice = lattice_shape(shape, spacing, factor * unit)
             cell = [n * s / m for n, s, m in zip(shape, spacing, lattice, strict=True)]
             terms: list[tuple[float, Similarity]] = []
             if config.lncc:

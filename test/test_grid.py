@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from dinoreg.grid import (
     identity,
     jacobian_determinant,
     lattice_shape,
+    limited_cell,
     linear_matrix,
     linear_weights,
     resize,
@@ -119,7 +122,8 @@ def test_results_are_the_same_to_the_bit_on_any_number_of_threads() -> None:
             slope = torch.autograd.grad(warped, leaf, torch.ones_like(warped))[0]
             smoothed = apply_axes(image, [box_matrix(n, 5, 2) for n in shape])
             small = resize(image, (20, 13, 25))
-            repaired, _ = unfold(disp + 0.4 * noise(3, *shape, seed=2))
+            repaired = disp + 0.4 * noise(3, *shape, seed=2)
+            assert unfold(repaired) > 0
             results.append((warped.detach(), slope, smoothed, small, resize(small, (40, 44, 48)), repaired,
                             torch.stack([total(image.double() ** power) for power in range(1, 9)])))
     finally:
@@ -305,7 +309,8 @@ def test_unfold_removes_a_fold_and_leaves_the_rest_as_it_is_to_the_bit() -> None
     assert float(jacobian_determinant(disp).min()) > 0.05
     folded = disp.clone()
     folded[0, 16:18, 15, 14] += torch.tensor([2.5, -2.5])
-    found, count = unfold(folded)
+    found = folded.clone()
+    count = unfold(found)
     assert count == int((jacobian_determinant(folded) < 0.05).sum()) > 0
     assert float(jacobian_determinant(found).min()) >= 0.05
     changed = (found != folded).any(0).nonzero()
@@ -316,20 +321,47 @@ def test_unfold_removes_a_fold_and_leaves_the_rest_as_it_is_to_the_bit() -> None
 
 def test_unfold_does_not_touch_a_field_without_folds() -> None:
     disp = smooth_disp((20, 21, 22), 2.0)
-    found, count = unfold(disp)
+    found = disp.clone()
+    count = unfold(found)
     assert count == 0 and torch.equal(found, disp)
 
 
 def test_unfold_stops_after_its_passes_with_fewer_folds() -> None:
     disp = 10 * noise(3, 21, 18, 25)
-    found, count = unfold(disp, passes=2)
+    found = disp.clone()
+    count = unfold(found, passes=2)
     left = int((jacobian_determinant(found) < 0.05).sum())
     assert count == int((jacobian_determinant(disp) < 0.05).sum()) and 0 < left < count / 2
 
 
 @pytest.mark.parametrize("shape", [(21, 18, 25), (4, 30, 6)])
 def test_unfold_mends_even_a_field_of_noise(shape: Shape) -> None:
-    disp = 10 * noise(3, *shape)
-    found, count = unfold(disp)
-    assert count > 0.2 * disp[0].numel()
+    found = 10 * noise(3, *shape)
+    count = unfold(found)
+    assert count > 0.2 * found[0].numel()
     assert float(jacobian_determinant(found).min()) >= 0.05
+
+
+@pytest.mark.parametrize("voxels", [1, 700, 3000])
+def test_unfold_in_slabs_is_unfold(voxels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the order of sums, which is that of a slab's planes."""
+    expected = smooth_disp((34, 31, 29), 2.0)
+    expected[0, 16:18, 15, 14] += torch.tensor([2.5, -2.5])
+    expected[1, 2, 8:10, 3] += torch.tensor([2.5, -2.5])
+    found = expected.clone()
+    counts = [unfold(expected)]
+    monkeypatch.setattr("dinoreg.slabs.VOXELS", voxels)
+    counts.append(unfold(found))
+    assert counts[0] == counts[1] > 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_cell_grows_until_the_lattice_is_small_enough() -> None:
+    for shape, spacing in (((512, 512, 400), (0.7, 0.7, 1.0)), ((300, 300, 5), (1.0, 1.0, 10.0)), ((9, 8, 7), (1.0, 2.0, 3.0))):
+        for limit in (1000, 100_000, 16_000_000):
+            cell = limited_cell(shape, spacing, min(spacing), limit)
+            assert math.prod(lattice_shape(shape, spacing, cell)) <= limit
+            if cell > min(spacing):  # and no larger than it has to be: a lattice of cells 3 % smaller has too many
+                assert math.prod(lattice_shape(shape, spacing, 0.97 * cell)) > 0.95 * limit
+            else:
+                assert math.prod(lattice_shape(shape, spacing, cell)) == math.prod(lattice_shape(shape, spacing, min(spacing)))

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from fake_encoder import affine
-from small_pair import QUICK, scan, small_pair
+from scipy import ndimage
+from small_pair import QUICK, SHIFT_MM, scan, small_pair
 from torch import Tensor
 
 from dinoreg import published
 from dinoreg import refine as refine_module
-from dinoreg.config import PublishedConfig, QuirksConfig
-from dinoreg.errors import ConfigError, RegistrationError
+from dinoreg.config import PublishedConfig, QuirksConfig, get_preset
+from dinoreg.errors import ConfigError, InputError, RegistrationError
 from dinoreg.refine import refine
 from dinoreg.registration import Registrar
 from dinoreg.result import Registration
@@ -173,3 +174,79 @@ def test_a_field_of_zeros_for_equal_images_is_right() -> None:
     fixed, _ = small_pair()
     found = register(fixed, fixed)
     assert np.abs(found.disp).max() < 0.02 and found.warnings == []
+
+
+# ---- sizes and values at the ends of what there is
+
+
+def test_a_lattice_that_would_be_too_large_gets_larger_cells_on_all_levels() -> None:
+    config = dataclasses.replace(QUICK, refine=dataclasses.replace(QUICK.refine, max_cells=4000))
+    pair = small_pair()  # 24 x 26 x 22 voxels of 2 mm
+    found = Registrar(config, device="cpu").register(*pair)
+    shapes = [level["lattice"] for level in found.info["levels"]]
+    assert 3500 < math.prod(shapes[1]) <= 4000 and 8 * math.prod(shapes[0]) == pytest.approx(4000, rel=0.2)
+    assert found.disp.shape == (3, *pair[0].shape)
+    inner = found.disp[:, 6:-6, 6:-6, 6:-6]
+    np.testing.assert_allclose(np.median(inner, axis=(1, 2, 3)), SHIFT_MM / 2, rtol=0, atol=0.15)  # a tenth of a cell
+
+
+def scaled(volume: Volume, low: float, high: float, dtype: type) -> Volume:
+    unit = (volume.array - volume.array.min()) / np.ptp(volume.array).astype(np.float64)
+    values = low * (1 - unit) + high * unit
+    return Volume((np.rint(values) if np.issubdtype(dtype, np.integer) else values).astype(dtype), volume.affine)
+
+
+@pytest.mark.parametrize(("low", "high", "dtype"), [
+    (-1e30, 1e30, np.float32), (-1e37, 1e37, np.float64), (0.0, 1e-38, np.float32), (0.0, 1e-40, np.float32),
+    (1e6, 1e6 + 64, np.float32), (-32768, 32767, np.int16), (0, 65535, np.uint16), (-128, 127, np.int8)])
+def test_the_scale_of_the_grey_values_does_not_matter(low: float, high: float, dtype: type) -> None:
+    """Windows are percentiles of the values above the smallest one, wherever these lie; to their precision, the field is the
+    same. 1e-40 is a denormal number of 17 bits, 64 above a million has 10 bits, int8 has 8."""
+    pair = small_pair()
+    found = register(*(scaled(volume, low, high, dtype) for volume in pair))
+    assert found.warnings == []
+    assert np.median(np.abs(found.disp - register(*pair).disp)) < 0.05
+
+
+@pytest.mark.parametrize("value", [1e38, -3e300])
+def test_values_beyond_what_can_be_computed_with_are_refused(value: float) -> None:
+    fixed, moving = small_pair()
+    array = fixed.array.astype(np.float64)
+    array[3, 4, 5] = value
+    with pytest.raises(InputError, match=r"the fixed image holds values of up to .*1e\+37"):
+        register(Volume(array, fixed.affine), moving)
+
+
+def moved_by_a_voxel(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> tuple[Volume, Volume]:
+    """A texture of voxels, and the same seen a voxel farther along the first and the last axis."""
+    world = ndimage.gaussian_filter(np.random.default_rng(5).standard_normal([n + 1 for n in shape]), 1.5)
+    i, j, k = shape
+    return (Volume((1000 * world[1:, :j, 1:]).astype(np.float32), affine(spacing)),
+            Volume((1000 * world[:i, :j, :k]).astype(np.float32), affine(spacing)))  # moving(x + 1) = fixed(x)
+
+
+def error_voxels(found: Registration) -> float:
+    """Median distance from the truth of ``moved_by_a_voxel``, which is sqrt(2) long."""
+    return float(np.median(np.linalg.norm(found.disp - np.array([1.0, 0.0, 1.0])[:, None, None, None], axis=0)))
+
+
+@pytest.mark.parametrize("terms", [{}, {"lncc": 1.0, "features": 0.0}, {"information": 0.2}],
+                         ids=["features", "lncc", "information"])
+@pytest.mark.parametrize(("shape", "spacing"), [((16, 16, 16), (1.0, 1.0, 1.0)), ((40, 40, 5), (1.0, 1.0, 8.0)),
+                                                ((5, 40, 40), (1.0, 1.0, 1.0)), ((20, 20, 20), (1000.0, 1000.0, 1000.0)),
+                                                ((20, 20, 20), (1e-3, 1e-3, 1e-3)), ((24, 24, 8), (0.1, 1.0, 30.0))])
+def test_tiny_thin_and_strangely_spaced_volumes_are_registered(shape: tuple[int, int, int], spacing: tuple[float, float, float],
+                                                               terms: dict[str, float]) -> None:
+    """The lattices follow the voxels, whatever a millimetre is."""
+    config = dataclasses.replace(QUICK, refine=dataclasses.replace(QUICK.refine, levels=((2, 8), (1, 12)), **terms))
+    found = Registrar(config, device="cpu").register(*moved_by_a_voxel(shape, spacing))
+    assert np.isfinite(found.disp).all() and found.info["ended"] is None
+    assert np.abs(found.disp).max() < max(shape) / 4 and error_voxels(found) < 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["generic", "thorax-cbct"])
+def test_a_thin_stack_of_slices_is_registered_by_the_presets(preset: str) -> None:
+    config = dataclasses.replace(get_preset(preset), features="mind", modalities=("MR", "MR"))
+    found = Registrar(config, device="cpu").register(*moved_by_a_voxel((256, 256, 5), (1.0, 1.0, 8.0)))
+    assert np.isfinite(found.disp).all() and found.info["ended"] is None and error_voxels(found) < 1.0
