@@ -58,6 +58,10 @@ COPY oncoreg/ /oncoreg/
 COPY LICENSE process.py /opt/dinoreg/
 COPY dinoreg/ /opt/dinoreg/dinoreg/
 COPY weights/ /opt/dinoreg/weights/
+# The solvers' loops, compiled for any processor with AVX2, which is fixed so that the machine that runs them need not be the one that
+# built them. A start copies them to /tmp; were they missing there, it would compile them, in ten seconds.
+ENV NUMBA_CPU_NAME=x86-64-v3 NUMBA_CPU_FEATURES=+avx2,+fma,+bmi2 NUMBA_CACHE_DIR=/opt/dinoreg/compiled
+RUN python3 -c 'import dinoreg.kernels' && chmod -R a+rX /opt/dinoreg/compiled
 # Any uid will do; this one belongs to nobody.
 USER 64000:64000
 ENTRYPOINT ["python3", "/opt/dinoreg/process.py"]

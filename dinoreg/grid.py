@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, grid_sample, max_pool3d, pad
 
+from dinoreg import compiled
 from dinoreg.slabs import slabs, wider
 
 Shape = tuple[int, int, int]
@@ -50,6 +51,8 @@ def apply_axes(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """
     lead = x.shape[:-3]
     x = x.reshape(-1, *x.shape[-3:])  # (c, i, j, k)
+    if compiled.usable(x):
+        return (out := compiled.apply_axes(x, matrices)).reshape(*lead, *out.shape[1:])
     a, b, c = matrices
     if c is not None:
         n, i, j, k = x.shape
@@ -169,6 +172,8 @@ def warp(x: Tensor, disp: Tensor, mode: str = "bilinear", padding: str = "border
         (c, i', j', k'), with the nearest voxel of ``x`` where ``disp`` points outside.
     """
     c, shape = x.shape[0], shape3(disp)
+    if mode == "bilinear" and padding == "border" and compiled.usable(x, disp):
+        return compiled.warp(x, disp, compiled.place(shape3(x), shape))
     coordinates = []
     for axis in (2, 1, 0):  # grid_sample wants the fastest axis first
         n = shape[axis]
@@ -185,6 +190,22 @@ def warp(x: Tensor, disp: Tensor, mode: str = "bilinear", padding: str = "border
     out = grid_sample(x.expand(SLABS, *x.shape), grid, mode=mode, padding_mode=padding, align_corners=False)
     out = out.transpose(0, 1).reshape(c, SLABS * slabs, *shape[1:])
     return out[:, : shape[0]]
+
+
+def warp_slope(x: Tensor, disp: Tensor, upstream: Tensor) -> Tensor:
+    """The derivative by ``disp`` of the sum of ``upstream * warp(x, disp)``: (3, i', j', k').
+
+    Args:
+        x: (1, i, j, k).
+        disp: (3, i', j', k').
+        upstream: (1, i', j', k').
+    """
+    if compiled.usable(x, disp, upstream):
+        return compiled.warp_slope(x[0], disp, compiled.place(shape3(x), shape3(disp)), upstream[0])
+    disp = disp.detach().requires_grad_()
+    with torch.enable_grad():
+        warped = warp(x, disp)
+    return torch.autograd.grad(warped, disp, upstream)[0]
 
 
 def compose(outer: Tensor, inner: Tensor) -> Tensor:

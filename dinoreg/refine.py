@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dinoreg import compiled
 from dinoreg.convex import FeatureVolume
 from dinoreg.errors import RegistrationError
-from dinoreg.grid import apply_axes, box_matrix, compose, gaussian_matrix, shape3, total, warp
+from dinoreg.grid import apply_axes, box_matrix, compose, gaussian_matrix, shape3, total, warp, warp_slope
 
 KEPT = 0.9  # share of the objective's fall that the last field has to have kept to be the result: below, Adam went astray
 
@@ -35,7 +36,10 @@ class Similarity(Protocol):
     """A data term on one lattice."""
 
     def gradient(self, disp: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean dissimilarity (scalar) and its derivative by the field in cells, times the number of cells (3, i, j, k)."""
+        """Mean dissimilarity (scalar) and its derivative by the field in cells, times the number of cells (3, i, j, k).
+
+        The derivative is a tensor of its own: the caller may write into it.
+        """
         ...
 
 
@@ -46,19 +50,27 @@ class FeatureSSD:
     """
 
     def __init__(self, fixed: FeatureVolume, moving: FeatureVolume) -> None:
-        self.fixed, self.fixed_weight = fixed.features, fixed.weight
-        self.moving = torch.cat([moving.features, moving.weight[None]])
+        self.compiled = compiled.usable(fixed.features, moving.features)
+        if self.compiled:
+            self.fixed, self.moving = compiled.channels_last(fixed.features), compiled.channels_last(moving.features)
+            self.weights, self.place = (fixed.weight, moving.weight), compiled.place(shape3(moving.weight), shape3(fixed.weight))
+        else:
+            self.fixed, self.moving = fixed.features, torch.cat([moving.features, moving.weight[None]])
+            self.weights = (fixed.weight, moving.weight)
 
     def gradient(self, disp: Tensor) -> tuple[Tensor, Tensor]:
+        if self.compiled:
+            loss, slope = compiled.ssd(self.fixed, self.moving, *self.weights, disp, self.place)
+            return torch.tensor(loss / disp[0].numel()), slope
         disp = disp.detach().requires_grad_()
         with torch.enable_grad():
             warped = warp(self.moving, disp)
         values = warped.detach()
-        weight = self.fixed_weight * values[-1]
+        weight = self.weights[0] * values[-1]
         difference = values[:-1] - self.fixed
-        loss = total(weight * difference.square().sum(0)) / weight.numel()
         upstream = torch.cat([2 * weight * difference, torch.zeros_like(weight)[None]])
-        return loss, torch.autograd.grad(warped, disp, upstream)[0]
+        return (total(weight * difference.square().sum(0)) / weight.numel(),
+                torch.autograd.grad(warped, disp, upstream)[0])
 
 
 class LNCC:
@@ -80,23 +92,23 @@ class LNCC:
         self.fixed_var = (apply_axes(fixed.square(), self.boxes) - self.fixed_mean.square()).clamp_min(0) + self.FLOOR
 
     def gradient(self, disp: Tensor) -> tuple[Tensor, Tensor]:
-        disp = disp.detach().requires_grad_()
-        with torch.enable_grad():
-            warped = warp(self.moving, disp)
-        moving, moving_weight = warped.detach()
-        mean, square, product = apply_axes(torch.stack([moving, moving.square(), self.fixed * moving]), self.boxes)
-        variance = (square - mean.square()).clamp_min_(0).add_(self.FLOOR)
-        covariance = product - self.fixed_mean * mean
-        weight = self.fixed_weight * moving_weight
-        a = weight * covariance / (self.fixed_var * variance)
-        b = covariance / variance
-        loss = -total(a * covariance) / weight.numel()
+        moving, moving_weight = warp(self.moving, disp)
+        fields = torch.stack([moving, moving.square(), self.fixed * moving])
+        means = apply_axes(fields, self.boxes)
+        if compiled.usable(means):
+            mean_cc = compiled.correlation(means, self.fixed_mean, self.fixed_var, self.fixed_weight, moving_weight, self.FLOOR)
+            cc = torch.tensor(mean_cc / moving.numel())
+        else:
+            mean, square, product = means
+            variance = (square - mean.square()).clamp_min(0) + self.FLOOR
+            covariance = product - self.fixed_mean * mean
+            a = self.fixed_weight * moving_weight * covariance / (self.fixed_var * variance)
+            ab = a * covariance / variance
+            cc = total(a * covariance) / moving.numel()
+            means = torch.stack([a, ab, a * self.fixed_mean - ab * mean])
         # d cc / d m(y) = 2 sum_x W(x, y) a(x) [(f(y) - F(x)) - b(x) (m(y) - M(x))]
-        ab = a * b
-        t = apply_axes(torch.stack([a, ab, a * self.fixed_mean - ab * mean]), self.adjoint)
-        by_moving = -2 * (self.fixed * t[0] - moving * t[1] - t[2])
-        upstream = torch.stack([by_moving, torch.zeros_like(by_moving)])
-        return loss, torch.autograd.grad(warped, disp, upstream)[0]
+        a, ab, rest = apply_axes(means, self.adjoint)
+        return -cc, warp_slope(self.moving[:1], disp, (-2 * (self.fixed * a - moving * ab - rest))[None])
 
 
 class MutualInformation:
@@ -122,10 +134,7 @@ class MutualInformation:
         self.smoother = smoother.double().to(fixed.device)
 
     def gradient(self, disp: Tensor) -> tuple[Tensor, Tensor]:
-        disp = disp.detach().requires_grad_()
-        with torch.enable_grad():
-            warped = warp(self.moving, disp)
-        moving, moving_weight = warped.detach()
+        moving, moving_weight = warp(self.moving, disp)
         weight, n = self.fixed_weight * moving_weight, self.BINS
         low = moving.floor().clamp_(0, n - 2)
         upper = (moving - low).double().flatten()
@@ -137,8 +146,7 @@ class MutualInformation:
         relation = (joint / (joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True))).log()
         slope = (self.smoother.T @ relation @ self.smoother).diff(dim=1).float()
         by_moving = -weight * slope[self.fixed, low]
-        upstream = torch.stack([by_moving, torch.zeros_like(by_moving)])
-        return -(joint * relation).sum().float(), torch.autograd.grad(warped, disp, upstream)[0]
+        return -(joint * relation).sum().float(), warp_slope(self.moving[:1], disp, by_moving[None])
 
 
 def ranks(image: Tensor, weight: Tensor) -> Tensor:
@@ -161,9 +169,12 @@ class Sum:
         self.terms = tuple(terms)
 
     def gradient(self, disp: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [(weight, *term.gradient(disp)) for weight, term in self.terms]
-        loss = torch.stack([weight * value for weight, value, _ in parts]).sum()
-        return loss, torch.stack([weight * slope for weight, _, slope in parts]).sum(0)
+        loss, slope = disp.new_zeros(()), torch.zeros_like(disp)
+        for weight, term in self.terms:
+            value, by_disp = term.gradient(disp)
+            loss = loss + weight * value
+            slope.add_(by_disp, alpha=weight)
+        return loss, slope
 
 
 def laplacian(disp: Tensor, stretch: Sequence[float]) -> Tensor:
@@ -219,10 +230,19 @@ def refine(similarity: Similarity, disp: Tensor, spacing: Sequence[float], itera
         if until < math.inf and (now := time.monotonic()) + (now - began) / max(t - 1, 1) > until:
             break
         loss, slope = similarity.gradient(disp)
-        in_h = disp / to_cells  # the field in units of h
-        bend = laplacian(in_h, stretch)
         losses.append(float(loss))
-        last = losses[-1] - 0.5 * regularity * float(total(in_h * bend)) / disp[0].numel()
+        if compiled.usable(disp, slope):
+            bending = compiled.adam(slope, disp, first, second, stretch, regularity, rate, damping, t)
+            step = slope
+        else:
+            in_h = disp / to_cells  # the field in units of h
+            bend = laplacian(in_h, stretch)
+            bending = -float(total(in_h * bend))
+            slope = slope * to_cells - regularity * bend  # by the field in units of h
+            first.lerp_(slope, 0.1)
+            second.lerp_(slope.square_(), 0.01)
+            step = (first / (1 - 0.9**t)).div_((second / (1 - 0.99**t)).sqrt_().add_(damping)).mul_(-rate * to_cells)
+        last = losses[-1] + 0.5 * regularity * bending / disp[0].numel()
         if not math.isfinite(last):
             if t == 1:
                 raise RegistrationError("the similarity of the images is not finite before the first step; please report "
@@ -232,11 +252,7 @@ def refine(similarity: Similarity, disp: Tensor, spacing: Sequence[float], itera
         start = last if t == 1 else start
         if last <= lowest:
             best, lowest = disp, last
-        slope = slope * to_cells - regularity * bend  # by the field in units of h
-        first.lerp_(slope, 0.1)
-        second.lerp_(slope.square_(), 0.01)
-        step = (first / (1 - 0.9**t)).div_((second / (1 - 0.99**t)).sqrt_().add_(damping)).mul_(-rate)
-        disp = compose(disp, apply_axes(step, smoother) * to_cells)
+        disp = compose(disp, apply_axes(step, smoother))
         if progress is not None:
             progress(t, losses[-1])
     kept = last <= start - KEPT * (start - lowest)  # False for NaN

@@ -1,0 +1,156 @@
+"""Tensors in, tensors out: where ``dinoreg.kernels`` does the work of a torch form, and how work is shared among threads.
+
+Only for float32 tensors on the CPU that no gradient is asked of (see ``usable``). numba is loaded with the first call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Floats = npt.NDArray[np.float32]
+SLABS = 4  # a thread: the last one to finish keeps the others waiting for less
+SMALL = 1 << 15  # cells below which waking threads costs more than they bring
+NEGLIGIBLE = 1e-8  # of a matrix' largest entry: less than float32 can tell
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the compiled form can take over."""
+    return all(x.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad for x in tensors)
+
+
+def kernels() -> ModuleType:
+    """``dinoreg.kernels``, loaded when it is first needed."""
+    from dinoreg import kernels
+
+    return kernels
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "dinoreg")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def run(kernel: Callable[..., None], n: int, cells: int, *arguments: Any) -> None:
+    """Call ``kernel(low, high, *arguments)`` over slabs of range(n), on as many threads as torch has.
+
+    Tensors are handed over as arrays. ``cells`` is the size of the work.
+    """
+    arguments = tuple(x.numpy() if isinstance(x, Tensor) else x for x in arguments)
+    threads = min(torch.get_num_threads(), n)
+    if threads <= 1 or cells < SMALL:
+        kernel(0, n, *arguments)
+        return
+    edges = np.linspace(0, n, min(n, threads * SLABS) + 1).astype(int).tolist()
+    slabs = [_pool(threads).submit(kernel, low, high, *arguments) for low, high in pairwise(edges)]
+    for slab in slabs:
+        slab.result()
+
+
+@lru_cache(maxsize=256)
+def _band(matrix: Tensor) -> tuple[npt.NDArray[np.int64], Floats]:
+    """The first column of each row that counts, and as many entries from there as the widest row has: (n,), (n, width)."""
+    values = matrix.numpy()
+    n_in = values.shape[1]
+    counts = np.abs(values) > NEGLIGIBLE * np.abs(values).max()
+    first, last = counts.argmax(1), n_in - 1 - counts[:, ::-1].argmax(1)
+    width = int((last - first).max()) + 1
+    start = np.minimum(first, n_in - width)
+    return start, np.ascontiguousarray(np.take_along_axis(values, start[:, None] + np.arange(width), 1))
+
+
+@lru_cache(maxsize=256)
+def _diagonals(matrix: Tensor) -> tuple[npt.NDArray[np.int64], Floats]:
+    """The diagonals of a square matrix that count, as many below the main one as above: (1,) their number there, (2 n + 1, n)."""
+    values = matrix.numpy()
+    out, at = np.nonzero(np.abs(values) > NEGLIGIBLE * np.abs(values).max())
+    margin = int(np.abs(out - at).max())
+    padded = np.pad(values, ((0, 0), (margin, margin)))
+    rows = np.arange(len(values))
+    return np.array([margin]), np.stack([padded[rows, rows + t] for t in range(2 * margin + 1)])
+
+
+@lru_cache(maxsize=64)
+def _unit(n: int) -> Tensor:
+    return torch.eye(n)
+
+
+def apply_axes(x: Tensor, matrices: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
+    """``dinoreg.grid.apply_axes`` of (c, i, j, k), into ``out`` if given."""
+    a, b, c = (_unit(n) if m is None else m for n, m in zip(x.shape[1:], matrices, strict=True))
+    shape = (x.shape[0], a.shape[0], b.shape[0], c.shape[0])
+    out = x.new_empty(shape) if out is None else out
+    lines = _diagonals(c) if c.shape[0] == c.shape[1] else _band(c)
+    run(kernels().axes, shape[0] * shape[1], max(x.numel(), out.numel()), x.contiguous(), *_band(a), *_band(b), *lines, out)
+    return out
+
+
+def place(sampled: Sequence[int], lattice: Sequence[int]) -> Floats:
+    """Where cells of a lattice and their displacements lie in a volume over the same extent: see ``dinoreg.kernels``."""
+    ratio = np.array(sampled) / np.array(lattice)
+    return np.stack([ratio, ratio / 2 - 0.5, ratio], 1).astype(np.float32)
+
+
+def warp(x: Tensor, disp: Tensor, where: Floats, out: Tensor | None = None) -> Tensor:
+    """Trilinear samples (c, i, j, k) of x (c, i', j', k'), into ``out`` if given."""
+    out = x.new_empty((x.shape[0], *disp.shape[1:])) if out is None else out
+    run(kernels().warp, disp.shape[1], out.numel(), x.contiguous(), disp.contiguous(), where, out)
+    return out
+
+
+def warp_slope(x: Tensor, disp: Tensor, where: Floats, upstream: Tensor) -> Tensor:
+    """The derivative by disp (3, i, j, k) of the samples of x (i', j', k') times upstream (i, j, k)."""
+    slope = torch.empty_like(disp, memory_format=torch.contiguous_format)
+    run(kernels().warp_slope, disp.shape[1], slope.numel(), x.contiguous(), disp.contiguous(), where, upstream.contiguous(),
+        slope)
+    return slope
+
+
+def channels_last(features: Tensor) -> Tensor:
+    """Features (c, i, j, k) as (i, j, k, c), with channels of zeros up to a multiple of 8: whole vector registers."""
+    c, *shape = features.shape
+    out = features.new_zeros((*shape, -(-c // 8) * 8))
+    out[..., :c] = features.permute(1, 2, 3, 0)
+    return out
+
+
+def ssd(fixed: Tensor, moving: Tensor, fixed_weight: Tensor, moving_weight: Tensor, disp: Tensor,
+        where: Floats) -> tuple[float, Tensor]:
+    """Sum over cells of the weighted squared difference of features (i, j, k, c), and its derivative by disp."""
+    slope, loss = torch.empty_like(disp, memory_format=torch.contiguous_format), np.empty(disp.shape[1])
+    run(kernels().ssd, disp.shape[1], fixed.numel(), fixed, moving, fixed_weight.contiguous(), moving_weight.contiguous(),
+        disp.contiguous(), where, loss, slope)
+    return float(loss.sum()), slope
+
+
+def correlation(means: Tensor, fixed_mean: Tensor, fixed_var: Tensor, fixed_weight: Tensor, moving_weight: Tensor,
+                floor: float) -> float:
+    """See ``dinoreg.kernels.correlation``; returns the sum over cells."""
+    loss = np.empty(means.shape[1])
+    run(kernels().correlation, means.shape[1], means.numel(), means, fixed_mean, fixed_var, fixed_weight.contiguous(),
+        moving_weight.contiguous(), np.float32(floor), loss)
+    return float(loss.sum())
+
+
+def adam(slope: Tensor, disp: Tensor, first: Tensor, second: Tensor, stretch: Sequence[float], regularity: float, rate: float,
+         damping: float, t: int) -> float:
+    """The t-th step, in place of ``slope``, before it is smoothed: see ``dinoreg.refine.refine``. Returns the field's bending: minus
+    the sum over cells of the field times its Laplacian, both in units of h."""
+    bending = np.empty(disp.shape[1])
+    numbers = (regularity, rate, 1 / (1 - 0.9**t), 1 / (1 - 0.99**t), damping)
+    run(kernels().adam, disp.shape[1], disp.numel(), slope, disp, first, second, np.array(stretch, np.float32),
+        *(np.float32(x) for x in numbers), bending)
+    return float(bending.sum())
