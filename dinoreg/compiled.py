@@ -147,8 +147,11 @@ def correlation(means: Tensor, fixed_mean: Tensor, fixed_var: Tensor, fixed_weig
 
 def adam(slope: Tensor, disp: Tensor, first: Tensor, second: Tensor, stretch: Sequence[float], regularity: float, rate: float,
          damping: float, t: int) -> float:
-    """The t-th step, in place of ``slope``, before it is smoothed: see ``dinoreg.refine.refine``. Returns the field's bending: minus
-    the sum over cells of the field times its Laplacian, both in units of h."""
+    """The t-th step, in place of ``slope``, before it is smoothed: see ``dinoreg.refine.refine``.
+
+    Returns:
+        The field's bending: minus the sum over cells of the field times its Laplacian, both in units of h.
+    """
     bending = np.empty(disp.shape[1])
     numbers = (regularity, rate, 1 / (1 - 0.9**t), 1 / (1 - 0.99**t), damping)
     run(kernels().adam, disp.shape[1], disp.numel(), slope, disp, first, second, np.array(stretch, np.float32),

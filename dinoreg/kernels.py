@@ -278,8 +278,10 @@ def correlation(low: int, high: int, means: Any, fixed_mean: Any, fixed_var: Any
 @_compiled(X4, X4, X4, X4, X1, "f4", "f4", "f4", "f4", "f4", F8)
 def adam(low: int, high: int, slope: Any, disp: Any, first: Any, second: Any, stretch: Any, regularity: float, rate: float,
          bias_first: float, bias_second: float, damping: float, bending: Any) -> None:
-    """One step of Adam, in place of the slope (3, i, j, k): see ``dinoreg.refine.refine``. ``bending`` (i,) gets, of each plane, minus
-    the sum of the field times its Laplacian."""
+    """One step of Adam, in place of the slope (3, i, j, k): see ``dinoreg.refine.refine``.
+
+    ``bending`` (i,) gets, of each plane, minus the sum of the field times its Laplacian.
+    """
     ni, nj, nk = disp.shape[1:]
     bend = np.empty(nk, np.float32)
     along = stretch * stretch
