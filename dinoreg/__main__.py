@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from dinoreg import __version__
 from dinoreg.commands import check, evaluate, info, invert, jacobian, points, register, warp
 from dinoreg.errors import DinoRegError
 from dinoreg.signals import leave_at_signals
+from dinoreg.threads import sleep_while_waiting
 
 COMMANDS = (register, warp, points, jacobian, invert, check, evaluate, info)
 
@@ -25,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or the ``exit_code`` of the error, whose message goes to stderr as one line.
     """
-    # Before torch is loaded: threads that wait must sleep. Spinning, two threads on a shared processor are ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sleep_while_waiting()
     parser = argparse.ArgumentParser(prog="dinoreg", description="Registration of 3D medical images with frozen DINOv2 features.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

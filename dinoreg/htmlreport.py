@@ -94,8 +94,10 @@ def write_html_report(path: Path, fixed: Volume, moving: Volume, warped: Volume,
         _section("Motion", "The field should be smooth, and large only where anatomy moved.",
                  _MOTION if result.confidence is None else (*_MOTION, _CONFIDENCE), planes)]
     if result.colours is not None:
-        sections.append(_section("What DINOv2 saw", "The first three principal components of its features as red, green and "
-                                 "blue. The same tissue should have the same colour in both images.", _FEATURES, planes))
+        encoder = escape(str(result.info.get("encoder", "unknown")))
+        sections.append(_section("What the encoder saw", f"The encoder is {encoder}. The "
+                                 "first three principal components of its features are shown as red, green and blue: the same "
+                                 "tissue should have the same colour in both images.", _FEATURES, planes))
     metrics = field_metrics(result.disp, fixed.spacing)
     page = _PAGE.format(
         title=escape(title), style=_STYLE, sections="\n".join(sections),

@@ -2,7 +2,7 @@
 
 Rows are the axial, coronal and sagittal plane through the middle of the displacement, columns: the fixed image; the moving image
 before and after, each under the outlines of the fixed image; a chequerboard of fixed and warped; the displacement in mm with the
-deformed grid; the change of volume with folds marked; where it is at hand, what DINOv2 saw. Patient right is on the left, as
+deformed grid; the change of volume with folds marked; where it is at hand, what the encoder saw. Patient right is on the left, as
 radiologists look at images.
 """
 
@@ -23,7 +23,7 @@ from dinoreg.volume import Volume
 _COLUMNS = (("fixed", Plane.fixed), ("moving, before", Plane.before), ("moving, after", Plane.after),
             ("fixed and after", Plane.chequerboard), ("displacement, mean {mean:.1f} mm", Plane.displacement),
             ("volume change, folds {folds:.2f} %", Plane.volume_change))
-_SEEN = (("DINOv2 saw, fixed", Plane.colours_fixed), ("DINOv2 saw, after", Plane.colours_after))
+_SEEN = (("encoder saw, fixed", Plane.colours_fixed), ("encoder saw, after", Plane.colours_after))
 _LEGEND = ("yellow lines: outlines of the fixed image     chequerboard: fixed and warped moving image     "
            "white grid: where each point is taken from     yellow dots: folds")
 _PANEL_INCHES, _DPI = 2.9, 90  # a picture of 1566 x 750 px is about 500 kB

@@ -109,7 +109,7 @@ class Registrar:
                 by 3 voxels: a contour is seen by both of its sides.
             modalities: of fixed and moving image ("CT", "CBCT", "MR" or ""), over those of the preset.
             initial: 4x4, RAS mm, fixed point -> moving point: where to start, after the headers. It becomes part of the field.
-            colours: also give what DINOv2 saw, as colours, for a report.
+            colours: also give what the encoder saw, as colours, for a report.
 
         Raises:
             InputError: an image with non-finite values or without contrast, no overlap, or an unusable initial transform.

@@ -39,8 +39,8 @@ class Registration:
             was none.
         confidence: (i, j, k) float32 in [0, 1], how clear the match was in the discrete stage: 0 where another place would have
             done as well; None where there is none (solver "published").
-        colours: what DINOv2 saw: (2, i', j', k', 3) uint8, the first three principal components of the tokens as colours, of the
-            fixed and of the warped moving image, on a lattice over the fixed image; None unless asked for.
+        colours: what the encoder saw: (2, i', j', k', 3) uint8, the first three principal components of the tokens as colours, of
+            the fixed and of the warped moving image, on a lattice over the fixed image; None unless asked for.
     """
 
     disp: npt.NDArray[np.float32]

@@ -134,9 +134,10 @@ def test_folds_and_warnings_come_first_and_in_words(tmp_path: Path) -> None:
 def test_confidence_and_colours_are_shown_where_there_are_any(tmp_path: Path) -> None:
     confidence = np.linspace(0, 1, np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
     colours = np.random.default_rng(0).integers(0, 255, (2, 6, 5, 4, 3), dtype=np.uint8)
-    page = write(tmp_path / "report.html", found={"confidence": confidence, "colours": colours})
+    info = {"encoder": "vits14, random weights"}
+    page = write(tmp_path / "report.html", found={"confidence": confidence, "colours": colours, "info": info})
     assert len(pictures(Elements(page))) == 3 * (4 + 3 + 2)
-    assert "What DINOv2 saw" in page and "<b>Confidence</b>" in page
+    assert "What the encoder saw" in page and "The encoder is vits14, random weights." in page and "<b>Confidence</b>" in page
 
 
 def test_configuration_headers_and_numbers_are_there(tmp_path: Path) -> None:

@@ -198,6 +198,16 @@ def test_threads_that_wait_sleep_and_torch_is_not_loaded_before_that_is_said() -
     assert found.stdout.splitlines()[-1] == "PASSIVE"
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_for_users_of_the_package_too_unless_they_say_otherwise(given: str | None, expected: str) -> None:
+    code = "import os, sys, dinoreg; before = os.environ.get('OMP_WAIT_POLICY'); assert 'torch' not in sys.modules"
+    code += "; dinoreg.Volume; print(before, os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True, timeout=60)
+    assert found.stdout.split() == [str(given), expected]
+
+
 def test_labels_and_points_are_compared_and_do_not_change_the_result(pair: tuple[str, str], tmp_path: Path) -> None:
     assert main(["register", *pair, "-o", str(tmp_path / "without")]) == 0
     files = write(tmp_path, halves(FIXED, 0.0), halves(MOVING, SHIFT_MM[0]), (POINTS, POINTS + SHIFT_MM))
