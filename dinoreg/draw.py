@@ -6,6 +6,7 @@ put the panels together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ _EDGES = (("R", "L", "A", "P"), ("R", "L", "S", "I"), ("A", "P", "S", "I"))  # l
 _OUTLINE, _FOLD, _LETTER = "#ffd23f", "#ffee00", "#9ad1ff"
 _TINT = LinearSegmentedColormap.from_list("tint", [(1.0, 0.45, 0.0, 0.6), (1.0, 0.45, 0.0, 0.0)])  # ambiguous, clear
 _SQUARES, _GRID_LINES = 12, 26  # along the longest side: chequerboard and deformed grid
+_VOXELS = 16_000_000  # of larger volumes every second, third ... voxel along each axis is drawn: panels have no more dots
 _SMOOTH_VOX, _SHORTEST, _FAINTEST = 1.0, 0.2, 0.07  # outlines: shares of the longest side, and of black to white a voxel
 
 
@@ -40,7 +42,7 @@ class View:
     Attributes:
         fixed, moving, warped: (i, j, k) float32, grey values; the moving image as it lies by its header.
         disp_mm: (3, i, j, k), along the turned axes.
-        determinant: (i, j, k), of the field.
+        determinant: (i, j, k), of the field; ``folds`` is the percentage of all voxels where it is not positive.
         body: (i, j, k) bool, roughly the patient.
         spacing: mm a voxel.
         confidence: (i, j, k) in [0, 1], or None.
@@ -52,6 +54,7 @@ class View:
     warped: Array
     disp_mm: Array
     determinant: Array
+    folds: float
     body: Array
     spacing: tuple[float, float, float]
     confidence: Array | None
@@ -81,13 +84,19 @@ def turned(fixed: Volume, moving: Volume, warped: Volume, disp: Array, confidenc
     def turn(array: Array) -> Array:
         return array.transpose(*axes, *range(3, array.ndim))[::steps[0], ::steps[1], ::steps[2]]
 
+    determinant = metrics.jacobian_determinant(disp)
+    folds = metrics.folds_percent(determinant)
+    every = math.ceil((determinant.size / _VOXELS) ** (1 / 3))
+    some = (slice(None, None, every),) * 3
+    fixed = Volume(fixed.array[some], fixed.affine @ np.diag([every, every, every, 1.0]))
     placed = np.asarray(on_grid(moving, fixed), dtype=np.float32)
     placed = np.nan_to_num(placed, nan=float(moving.array.min()))
-    disp_mm = np.stack([turn(disp[axis]) * (step * fixed.spacing[axis]) for axis, step in zip(axes, steps, strict=True)])
-    images = [turn(array.astype(np.float32)) for array in (fixed.array, placed, warped.array)]
-    return View(images[0], images[1], images[2], disp_mm, turn(metrics.jacobian_determinant(disp)), _body(images[0]),
+    disp_mm = np.stack([turn(disp[axis][some]) * (step * fixed.spacing[axis] / every)
+                        for axis, step in zip(axes, steps, strict=True)])
+    images = [turn(array.astype(np.float32)) for array in (fixed.array, placed, warped.array[some])]
+    return View(images[0], images[1], images[2], disp_mm, turn(determinant[some]), folds, _body(images[0]),
                 (fixed.spacing[axes[0]], fixed.spacing[axes[1]], fixed.spacing[axes[2]]),
-                None if confidence is None else turn(confidence),
+                None if confidence is None else turn(confidence[some]),
                 None if colours is None else np.stack([turn(image) for image in colours]))
 
 
@@ -172,7 +181,7 @@ def look_at(view: View) -> Look:
     inside = length[view.body]
     return Look((_window(view.fixed, view.body), _window(view.moving, _body(view.moving))), _thresholds(view.fixed), length,
                 max(1.0, float(np.ceil(np.percentile(inside, 99.5)))), float(inside.mean()), float(np.percentile(inside, 95)),
-                metrics.folds_percent(view.determinant), _positions(view, length))
+                view.folds, _positions(view, length))
 
 
 def _window(image: Array, body: Array) -> tuple[float, float]:

@@ -403,7 +403,7 @@ def write_disp_mha(path: Path, disp: npt.NDArray[np.float32], affine: npt.NDArra
 def _check_field(path: Path, disp: npt.NDArray[np.float32]) -> None:
     if disp.ndim != 4 or disp.shape[0] != 3 or disp.dtype != np.float32:
         raise ValueError(f"a displacement field is float32 of shape (3, i, j, k); got {disp.dtype} of shape {disp.shape}")
-    if not np.isfinite(disp).all():
+    if not np.isfinite([disp.min(initial=0), disp.max(initial=0)]).all():
         raise RegistrationError(f"{path.name}: expected finite displacements; got {int((~np.isfinite(disp)).sum())} values that "
                                 "are not, so the field is not written; check the intensities of both images")
 

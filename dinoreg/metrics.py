@@ -11,6 +11,7 @@ pulls back: warped(x) = moving(x + disp(x)). Labels are whole numbers 0..65535 w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,12 +20,12 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from dinoreg.errors import InputError
+from dinoreg.slabs import slabs, wider
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
 
 _MAX_LABEL = 65535
-_CHUNK_VOXELS = 2_000_000  # coordinates of one slab while warping: 3 x 16 MB
 _OFFICIAL_CROP = 2  # voxels a side that the official SDlogJ leaves out
 
 
@@ -44,9 +45,7 @@ def warp_array(moving: Array, disp: Array, order: int = 1) -> Array:
     """
     shape = _grid_shape(disp)
     warped = np.empty(shape, dtype=moving.dtype if order == 0 else np.float32)
-    rows = max(1, _CHUNK_VOXELS // max(1, shape[1] * shape[2]))
-    for start in range(0, shape[0], rows):
-        slab = slice(start, min(start + rows, shape[0]))
+    for slab in slabs(shape):
         coordinates = disp[:, slab].astype(np.float64)
         for axis, index in enumerate(np.ogrid[slab, 0:shape[1], 0:shape[2]]):
             coordinates[axis] += index
@@ -139,13 +138,18 @@ def jacobian_determinant(disp: Array) -> npt.NDArray[np.float32]:
     Raises:
         InputError: if ``disp`` has another shape.
     """
-    if min(_grid_shape(disp)) < 2:
+    shape = _grid_shape(disp)
+    if min(shape) < 2:
         raise InputError(f"a Jacobian needs at least 2 voxels along each axis; got a field of shape {disp.shape}")
-    a, b, c = (np.gradient(component.astype(np.float32, copy=False)) for component in disp)
-    for diagonal in (a[0], b[1], c[2]):
-        diagonal += 1.0
-    determinant = (a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0]))
-    return np.asarray(determinant, dtype=np.float32)
+    determinant = np.empty(shape, dtype=np.float32)
+    for slab in slabs(shape):
+        rows, inner = wider(slab, 1, shape[0])
+        a, b, c = (np.gradient(component[rows].astype(np.float32, copy=False)) for component in disp)
+        for diagonal in (a[0], b[1], c[2]):
+            diagonal += 1.0
+        found = a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0])
+        determinant[slab] = found[inner]
+    return determinant
 
 
 def folds_percent(determinant: Array, mask: Array | None = None) -> float:
@@ -160,9 +164,11 @@ def sdlogj(determinant: Array, mask: Array | None = None) -> float:
     The logarithm exists only where the determinant is positive; how much is left out is what :func:`folds_percent` says.
     NaN if no voxel is left.
     """
-    values = determinant if mask is None else determinant[mask > 0]
-    values = values[values > 0]
-    return float(np.log(values, dtype=np.float64).std()) if values.size else float("nan")
+    def logarithms(slab: slice) -> FloatArray:
+        values = determinant[slab] if mask is None else determinant[slab][mask[slab] > 0]
+        return np.asarray(np.log(values[values > 0], dtype=np.float64))
+
+    return _spread(logarithms, determinant.shape)
 
 
 def sdlogj_official(determinant: Array, mask: Array | None = None) -> float:
@@ -173,8 +179,26 @@ def sdlogj_official(determinant: Array, mask: Array | None = None) -> float:
         mask: (i, j, k), voxels equal to 1 count (the scorer's masked evaluation, as in ThoraxCBCT); all of them without it.
     """
     inside = (slice(_OFFICIAL_CROP, -_OFFICIAL_CROP),) * 3
-    values = determinant[inside] if mask is None else determinant[inside][mask[inside] == 1]
-    return float(np.log((values.astype(np.float64) + 3.0).clip(1e-9, 1e9)).std()) if values.size else float("nan")
+    values, counted = determinant[inside], None if mask is None else mask[inside] == 1
+
+    def logarithms(slab: slice) -> FloatArray:
+        some = values[slab] if counted is None else values[slab][counted[slab]]
+        return np.asarray(np.log((some.astype(np.float64) + 3.0).clip(1e-9, 1e9)))
+
+    return _spread(logarithms, values.shape)
+
+
+def _spread(values: Callable[[slice], FloatArray], shape: Sequence[int]) -> float:
+    """Standard deviation of what is given slab by slab (Chan, Golub and LeVeque 1983); NaN if that is nothing."""
+    count, mean, squares = 0, 0.0, 0.0
+    for slab in slabs(shape):
+        some = values(slab)
+        if not some.size:
+            continue
+        shift, total = float(some.mean()) - mean, count + some.size
+        squares += float(some.var()) * some.size + shift**2 * count * some.size / total
+        count, mean = total, mean + shift * some.size / total
+    return math.sqrt(squares / count) if count else float("nan")
 
 
 def tre_mm(fixed_points: Array, moving_points: Array, disp: Array, spacing: Sequence[float]) -> FloatArray:

@@ -12,10 +12,10 @@ from scipy import ndimage
 
 from dinoreg.convert import Image, like, to_volume
 from dinoreg.errors import ConfigError, InputError
-from dinoreg.grid import Shape, identity
 from dinoreg.io import write_disp_nifti, write_volume
 from dinoreg.metrics import jacobian_determinant
 from dinoreg.preprocess import within
+from dinoreg.slabs import slabs
 from dinoreg.transforms import invert, write_composite, write_field_mm
 from dinoreg.volume import Volume
 
@@ -73,19 +73,20 @@ class Registration:
             InputError: if the image is none, or cannot be read.
         """
         volume = to_volume(image)
-        shape: Shape = (self.disp.shape[1], self.disp.shape[2], self.disp.shape[3])
-        points = identity(shape).numpy() + self.disp  # on the fixed grid, voxels
         matrix = np.linalg.solve(volume.affine, self.fixed_affine)
-        where = np.einsum("ab,bijk->aijk", matrix[:3, :3], points.astype(np.float64)) + matrix[:3, 3, None, None, None]
         fill = min(0.0, float(volume.array.min())) if order else 0
-        dtype = volume.array.dtype
-        source = volume.array.astype(np.float32) if order else volume.array
-        warped = ndimage.map_coordinates(source, where, order=order, mode="nearest")
-        for at, n in zip(where, volume.shape, strict=True):
-            warped[~within(at, n)] = fill
-        if order and np.issubdtype(dtype, np.integer):
-            warped = np.rint(warped)
-        return like(image, Volume(warped.astype(dtype), self.fixed_affine))
+        source = volume.array.astype(np.float32) if order and volume.array.dtype == bool else volume.array
+        warped = np.empty(self.disp.shape[1:], dtype=volume.array.dtype)
+        for slab in slabs(warped.shape):
+            points = self.disp[:, slab].astype(np.float64)  # on the fixed grid, voxels
+            for axis, index in enumerate(np.ogrid[slab, : warped.shape[1], : warped.shape[2]]):
+                points[axis] += index
+            where = np.einsum("ab,bijk->aijk", matrix[:3, :3], points) + matrix[:3, 3, None, None, None]
+            values = ndimage.map_coordinates(source, where, output=np.float64 if order else None, order=order, mode="nearest")
+            for at, n in zip(where, volume.shape, strict=True):
+                values[~within(at, n)] = fill
+            warped[slab] = np.rint(values) if order and np.issubdtype(warped.dtype, np.integer) else values
+        return like(image, Volume(warped, self.fixed_affine))
 
     def warp_labels(self, labels: Volume) -> Volume:
         """A label map of the moving image's space on the fixed grid, with smoother borders than ``warp(labels, order=0)``: each

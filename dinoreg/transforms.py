@@ -23,6 +23,7 @@ from scipy.io import loadmat
 
 from dinoreg.errors import DinoRegError, InputError, OutputError
 from dinoreg.io import LPS_FROM_RAS, MAX_BYTES, atomic_write, image_suffix, itk_reader, set_header, whole_itk_image
+from dinoreg.slabs import slabs
 from dinoreg.volume import Volume
 
 Disp = npt.NDArray[np.float32]
@@ -106,8 +107,10 @@ def from_matrix(matrix: Matrix) -> Transform:
 
 def _field_image(disp: npt.NDArray[np.floating], affine: Matrix) -> sitk.Image:
     """Displacements in LPS mm as an ITK vector image, of the type of ``disp``."""
-    lps = np.einsum("ab,bijk->kjia", (LPS_FROM_RAS @ affine)[:3, :3], disp).astype(disp.dtype)
-    image = sitk.GetImageFromArray(np.ascontiguousarray(lps), isVector=True)
+    lps = np.empty((*disp.shape[:0:-1], 3), dtype=disp.dtype)
+    for slab in slabs(disp.shape[1:]):
+        lps[:, :, slab] = np.einsum("ab,bijk->kjia", (LPS_FROM_RAS @ affine)[:3, :3], disp[:, slab])
+    image = sitk.GetImageFromArray(lps, isVector=True)
     set_header(image, affine)
     return image
 
@@ -127,7 +130,7 @@ def write_field_mm(path: Path, disp: Disp, fixed_affine: Matrix) -> None:
         raise OutputError(f"{path}: expected a name that ends in {', '.join(FIELD_SUFFIXES)} for a field; choose another")
     with atomic_write(path) as temporary:
         try:
-            sitk.WriteImage(_field_image(disp.astype(np.float32), fixed_affine), str(temporary), True)
+            sitk.WriteImage(_field_image(disp.astype(np.float32, copy=False), fixed_affine), str(temporary), True)
         except RuntimeError as error:
             raise OutputError(f"{path}: cannot be written ({_reason(error)}); check space and permissions") from error
 
@@ -147,8 +150,11 @@ def write_composite(path: Path, disp: Disp, fixed_affine: Matrix, initial: Matri
     if path.suffix != ".h5":
         raise OutputError(f"{path}: expected a name that ends in .h5 for a composite transform; choose another")
     in_voxels = np.linalg.solve(fixed_affine, np.linalg.solve(initial, fixed_affine))  # A^-1 between fixed voxels
-    voxels = np.indices(disp.shape[1:], dtype=np.float64)
-    rest = np.einsum("ab,bijk->aijk", in_voxels[:3, :3], voxels + disp) + in_voxels[:3, 3, None, None, None] - voxels
+    rest = np.empty(disp.shape, dtype=np.float64)
+    for slab in slabs(disp.shape[1:]):
+        voxels = np.stack(np.broadcast_arrays(*np.ogrid[slab, : disp.shape[2], : disp.shape[3]])).astype(np.float64)
+        moved = np.einsum("ab,bijk->aijk", in_voxels[:3, :3], voxels + disp[:, slab])
+        rest[:, slab] = moved + in_voxels[:3, 3, None, None, None] - voxels
     affine, field = from_matrix(initial).itk, _field_image(rest, fixed_affine)
     grid = (*field.GetSize(), *field.GetOrigin(), *field.GetSpacing(), *field.GetDirection())
     parts = (("AffineTransform", affine.GetFixedParameters(), affine.GetParameters()),
@@ -336,22 +342,25 @@ def invert(disp: Disp, fixed_affine: Matrix, moving: Volume, iterations: int = 5
     def forward(x: Matrix) -> Matrix:
         return np.asarray(x + np.stack([ndimage.map_coordinates(part, x, order=1, mode="nearest") for part in disp]))
 
-    voxels = np.indices(moving.shape, dtype=np.float64).reshape(3, -1)
     to_fixed = np.linalg.solve(fixed_affine, moving.affine)
-    target = to_fixed[:3, :3] @ voxels + to_fixed[:3, 3:]
-    found = back @ (target - affine[:, 3:])
-    error = forward(found) - target
-    left = np.flatnonzero(np.abs(error).max(0) > tolerance)
-    for _ in range(iterations):
-        if not left.size:
-            break
-        found[:, left] -= back @ error[:, left]
-        error[:, left] = forward(found[:, left]) - target[:, left]
-        left = left[np.abs(error[:, left]).max(0) > tolerance]
-    residual = np.linalg.norm(fixed_affine[:3, :3] @ error, axis=0).reshape(moving.shape)
     from_fixed = np.linalg.inv(to_fixed)
-    inverse = from_fixed[:3, :3] @ found + from_fixed[:3, 3:] - voxels
-    return inverse.reshape(3, *moving.shape).astype(np.float32), residual.astype(np.float32)
+    inverse, residual = np.empty((3, *moving.shape), dtype=np.float32), np.empty(moving.shape, dtype=np.float32)
+    for slab in slabs(moving.shape):
+        index = np.ogrid[slab, : moving.shape[1], : moving.shape[2]]
+        voxels = np.stack(np.broadcast_arrays(*index)).reshape(3, -1).astype(np.float64)
+        target = to_fixed[:3, :3] @ voxels + to_fixed[:3, 3:]
+        found = back @ (target - affine[:, 3:])
+        error = forward(found) - target
+        left = np.flatnonzero(np.abs(error).max(0) > tolerance)
+        for _ in range(iterations):
+            if not left.size:
+                break
+            found[:, left] -= back @ error[:, left]
+            error[:, left] = forward(found[:, left]) - target[:, left]
+            left = left[np.abs(error[:, left]).max(0) > tolerance]
+        residual[slab] = np.linalg.norm(fixed_affine[:3, :3] @ error, axis=0).reshape(residual[slab].shape)
+        inverse[:, slab] = (from_fixed[:3, :3] @ found + from_fixed[:3, 3:] - voxels).reshape(inverse[:, slab].shape)
+    return inverse, residual
 
 
 def _reason(error: Exception) -> str:

@@ -64,14 +64,6 @@ def test_linear_warp_agrees_with_itk() -> None:
     assert np.abs(metrics.warp_array(moving, disp, 1) - expected)[inside].max() < 1e-5
 
 
-def test_warping_in_slabs_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    labels, disp = blobs((13, 11, 9), 3), smooth_disp((13, 11, 9), 4, 3.0)
-    whole = metrics.warp_array(labels, disp, 0)
-    monkeypatch.setattr(metrics, "_CHUNK_VOXELS", 2 * 11 * 9)
-    assert np.array_equal(metrics.warp_array(labels, disp, 0), whole)
-    assert whole.dtype == labels.dtype
-
-
 # ---- overlap ----
 
 def test_dice_agrees_with_itk() -> None:
