@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,6 +27,7 @@ _COLUMNS = (("fixed", Plane.fixed), ("moving, before", Plane.before), ("moving, 
 _SEEN = (("encoder saw, fixed", Plane.colours_fixed), ("encoder saw, after", Plane.colours_after))
 _LEGEND = ("yellow lines: outlines of the fixed image     chequerboard: fixed and warped moving image     "
            "white grid: where each point is taken from     yellow dots: folds")
+_LINE_INCHES, _LETTERS = 0.22, 29  # of text: a line, and letters a column
 _PANEL_INCHES, _DPI = 2.9, 90  # a picture of 1566 x 750 px is about 500 kB
 
 
@@ -36,7 +38,7 @@ def write_qc(path: Path, fixed: Volume, moving: Volume, warped: Volume, result: 
     Args:
         path: .png.
         fixed, moving, warped: see :func:`dinoreg.draw.turned`.
-        result: of the pair; its colours are shown where it has them.
+        result: of the pair; its colours are shown where it has them, its warnings always.
         title: first line, such as the pair's name.
         summary: the lines below it, such as metrics before and after.
 
@@ -44,16 +46,18 @@ def write_qc(path: Path, fixed: Volume, moving: Volume, warped: Volume, result: 
         InputError: if the shapes do not fit.
         OutputError: if the picture cannot be written.
     """
-    figure = _draw(turned(fixed, moving, warped, result.disp, colours=result.colours), title, summary)
+    figure = _draw(turned(fixed, moving, warped, result.disp, colours=result.colours), title, summary, result.warnings)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, facecolor=figure.get_facecolor(), metadata={"Software": None})
 
 
-def _draw(view: View, title: str, summary: str) -> Figure:
+def _draw(view: View, title: str, summary: str, warnings: Sequence[str] = ()) -> Figure:
     look, columns = look_at(view), _COLUMNS if view.colours is None else (*_COLUMNS, *_SEEN)
     size = [n * spacing for n, spacing in zip(view.fixed.shape, view.spacing, strict=True)]  # mm
     heights = [size[1], size[2], size[2]]
-    head, foot = 0.73 + 0.22 * len(summary.split("\n")), 0.75  # inches
+    lines = [(line, "#dddddd") for line in summary.split("\n")]
+    lines += [(shorten(f"Warning: {text}", _LETTERS * len(columns), placeholder=" ..."), "#ffb54d") for text in warnings]
+    head, foot = 0.73 + _LINE_INCHES * len(lines), 0.75  # inches
     width = _PANEL_INCHES * len(columns)
     height = sum(heights) * _PANEL_INCHES / max(size[0], size[1]) + head + foot
     figure = Figure(figsize=(width, height), facecolor="black")
@@ -61,7 +65,8 @@ def _draw(view: View, title: str, summary: str) -> Figure:
     grid = figure.add_gridspec(3, len(columns), height_ratios=heights, left=0.004, right=0.996, bottom=foot / height,
                                top=1 - head / height, wspace=0.03, hspace=0.03)
     figure.text(0.008, 1 - 0.12 / height, title, color="white", fontsize=16, weight="bold", va="top")
-    figure.text(0.008, 1 - 0.44 / height, summary, color="#dddddd", fontsize=13, va="top")
+    for number, (line, colour) in enumerate(lines):
+        figure.text(0.008, 1 - (0.44 + number * _LINE_INCHES) / height, line, color=colour, fontsize=13, va="top")
     figure.text(0.008, 0.16 / height, _LEGEND, color="#aaaaaa", fontsize=10)
 
     for row in range(3):

@@ -122,6 +122,19 @@ def test_no_face_of_a_moving_image_stored_in_another_order_is_lost(codes: str) -
     assert np.allclose(view.moving, view.fixed, atol=1e-4)  # values of 1 to 2, interpolated at centres up to rounding
 
 
+def test_warnings_are_in_the_picture_in_orange(tmp_path: Path) -> None:
+    fixed, moving, disp = scene()
+    heights, oranges = [], []
+    for warnings in ([], ["look here", "a long one " * 50]):
+        qc.write_qc(tmp_path / "qc.png", fixed, moving, moving, Registration(disp, LPS, warnings=warnings))
+        picture = (imread(tmp_path / "qc.png")[..., :3] * 255).round()
+        heights.append(len(picture))
+        where = np.abs(picture - np.array([0xFF, 0xB5, 0x4D])).max(axis=2) <= 2
+        oranges.append(where.sum())
+    assert heights[1] - heights[0] == pytest.approx(2 * qc._LINE_INCHES * qc._DPI, abs=2)
+    assert oranges[0] == 0 and oranges[1] > 100 and not where[:, -10:].any()  # cut before the edge
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     fixed, moving, disp = scene()
     for name in ("a.png", "b.png"):

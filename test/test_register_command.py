@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import html
 import json
 import logging
@@ -19,21 +20,23 @@ import pytest
 import SimpleITK as sitk
 import torch
 from fake_encoder import affine
+from matplotlib.image import imread
 from small_pair import QUICK, SHIFT_MM, scan, small_pair
 from test_dicom import write_series
 from test_truth import FIXED, MOVING, POINTS, halves, write
 
-from dinoreg import htmlreport, qc
+from dinoreg import htmlreport, qc, registration
 from dinoreg.__main__ import main
-from dinoreg.config import PRESETS, Config
+from dinoreg.config import PRESETS, Config, EncoderConfig
 from dinoreg.errors import ConfigError
 from dinoreg.io import read_volume, write_text, write_volume
 from dinoreg.registration import Registrar
 from dinoreg.result import CONFIDENCE, FILES, Registration
 from dinoreg.transforms import read_transform
 from dinoreg.volume import Volume
+from dinoreg.weights import random_encoder
 
-PAGE = htmlreport.write_html_report
+PAGE, PICTURE = htmlreport.write_html_report, qc.write_qc
 WRITTEN = {*FILES, "qc.png", "report.html", "report.json"}
 
 
@@ -244,6 +247,24 @@ def test_the_page_warns_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert any(text in warning for warning in warnings), (text, warnings)
         assert any(text in message for message in caplog.messages), text
     assert "axes to RAS; moving 5 x 26 x 22 voxels of 0.02 x 0.02 x 0.02 mm, axes to LPS" in page
+
+
+@pytest.mark.slow  # 8 s of a core: a real ViT-S, and a page and a picture
+def test_page_and_picture_show_what_the_encoder_saw(pair: tuple[str, str], tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(htmlreport, "write_html_report", PAGE)
+    monkeypatch.setattr(qc, "write_qc", PICTURE)
+    monkeypatch.setattr(registration, "load_encoder", lambda *_, **__: random_encoder("vits14_reg4", 0))
+    monkeypatch.setitem(PRESETS, "generic", dataclasses.replace(QUICK, features="dinov2+mind", encoder=EncoderConfig(
+        long_side_tokens=24, gap_mm=4.0)))
+    assert main(["register", *pair, "-o", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert "The encoder is vits14_reg4, random weights, seed 0." in page and page.count("<img ") == 3 * (4 + 3 + 2)
+    picture = imread(tmp_path / "out/qc.png")[..., :3]
+    colour = picture.max(axis=2) - picture.min(axis=2)  # 0 in grey
+    seen = [colour[100:, round(a * picture.shape[1]) : round(b * picture.shape[1])] for a, b in ((6 / 8, 7 / 8), (7 / 8, 1.0))]
+    assert all((part > 0.2).mean() > 0.1 for part in seen)
+    assert report(tmp_path / "out")["pairs"][0]["info"]["encoder"] == "vits14_reg4, random weights, seed 0"
 
 
 def test_labels_that_do_not_fit_are_refused_before_the_work(pair: tuple[str, str], tmp_path: Path,
