@@ -1,8 +1,8 @@
 """Where a MetaImage or NRRD keeps its voxels, and whether all of them are there: asked before ITK reads the file.
 
-Voxels that are packed and end early come back from ITK as zeros (MetaImage) or with whatever a wrong checksum hides (NRRD), a
-header that declares gigabytes makes it take them before it looks for them, and a MetaImage of 256 dimensions makes it read what
-is not its own.
+Packed voxels that end early, or whose packed size the header does not give, come back from ITK 5.4 as zeros (MetaImage), or with
+whatever a wrong checksum hides (NRRD); a header that declares gigabytes makes it take them before it looks for them; and a
+MetaImage of 256 dimensions, or words of some hundred letters in either format, end the process.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ HEADER = 2**16  # bytes within which a header has to end
 BLOCK = 2**22  # bytes unpacked at a time
 MAX_REST = 2**26  # bytes that may follow the voxels
 MAX_DIMENSIONS = 10  # of ITK's MetaImage; nothing there holds more
+MAX_WORD, MAX_LINE = 200, 500  # bytes of a text in a MetaImage's header, and of a field in a NRRD's
+_WORDS = (rb"(?im)^(\w*Comment|Name|\w*Type\w*|\w*Date|Modality|\w*Units|AnatomicalOrientation|SequenceID)[ \t]*="
+          rb"[^\r\n]{%d}" % MAX_WORD)
 EXPORT = "the file is truncated or damaged: copy or export it again"
 
 
@@ -33,11 +36,13 @@ class VoxelPlace:
         file: name of the file beside the header that holds them; None: the header's own.
         offset: of their first byte there.
         packing: "zlib", "gzip", "bzip2", "raw", or "" (text).
+        size: bytes that they take there, where the header says it.
     """
 
     file: str | None
     offset: int
     packing: str
+    size: int | None = None
 
 
 def voxel_place(path: Path, suffix: str) -> VoxelPlace:
@@ -60,10 +65,17 @@ def _meta(path: Path, start: bytes) -> VoxelPlace:
         if not re.fullmatch(rb"\d{1,2}[ \t]*", value) or not 1 <= int(value) <= MAX_DIMENSIONS:
             got = value[:20].decode("utf-8", "replace")
             raise InputError(f"{path}: expected a 3D image; got NDims = {got}; correct the header")
+    if long := re.search(_WORDS, header):
+        raise InputError(f"{path}: expected at most {MAX_WORD} letters of {long.group(1).decode()}; got more; shorten it")
     text = re.search(rb"(?im)^BinaryData[ \t]*=[ \t]*[f0]", header)
     packed = re.search(rb"(?im)^CompressedData[ \t]*=[ \t]*[t1]", header)
+    size = re.findall(rb"(?m)^CompressedDataSize[ \t]*=[ \t]*(\d{1,15})[ \t]*\r?$", header) if packed else []
+    if packed and len(size) != 1:
+        raise InputError(f"{path}: expected the size of its packed voxels (CompressedDataSize); got {len(size) or 'none'}; "
+                         "write the image again")
     inside = name.upper() == "LOCAL"
-    return VoxelPlace(None if inside else name, end.end() if inside else 0, "zlib" if packed else "" if text else "raw")
+    return VoxelPlace(None if inside else name, end.end() if inside else 0, "zlib" if packed else "" if text else "raw",
+                      int(size[0]) if packed else None)
 
 
 def _nrrd(path: Path, start: bytes) -> VoxelPlace:
@@ -72,6 +84,8 @@ def _nrrd(path: Path, start: bytes) -> VoxelPlace:
     file = re.search(rb"(?im)^data ?file:[ \t]*([^\r\n]*?)[ \t]*\r?$", header)
     if end is None and (file is None or len(start) == HEADER):
         raise InputError(f"{path}: expected a NRRD; got a header without an end; {EXPORT}")
+    if any(len(line) > MAX_LINE and not line.startswith(b"#") and b":=" not in line for line in header.splitlines()):
+        raise InputError(f"{path}: expected a NRRD; got a field of more than {MAX_LINE} bytes in its header; {EXPORT}")
     encoding = re.search(rb"(?im)^encoding:[ \t]*(\S+)", header)
     packing = {b"gzip": "gzip", b"gz": "gzip", b"bzip2": "bzip2", b"bz2": "bzip2", b"raw": "raw"}.get(
         encoding.group(1).lower() if encoding else b"", "")
@@ -100,7 +114,7 @@ def check_whole(path: Path, place: VoxelPlace, declared: int) -> None:
         with source.open("rb") as stream:
             stream.seek(place.offset)
             found = 0
-            for block in _UNPACK[place.packing](stream):  # to the end, where the checksum is
+            for block in _UNPACK[place.packing](stream, place.size):  # to the end, where the checksum is
                 found += block
                 if found > declared + MAX_REST:
                     raise InputError(f"{path}: expected {declared} bytes of voxels, as its header declares; got more; {EXPORT}")
@@ -110,27 +124,30 @@ def check_whole(path: Path, place: VoxelPlace, declared: int) -> None:
         raise InputError(f"{path}: expected {declared} bytes of voxels, as its header declares; got {found}; {EXPORT}")
 
 
-def _unzlib(stream: BinaryIO) -> Iterator[int]:
-    """Sizes of the unpacked blocks of a zlib stream; raises if it has no end."""
-    unpacker = zlib.decompressobj()
+def _unzlib(stream: BinaryIO, size: int | None) -> Iterator[int]:
+    """Sizes of the unpacked blocks of a zlib stream; raises if it has no end within ``size`` bytes."""
+    unpacker, left = zlib.decompressobj(), size or 0
     while not unpacker.eof:
-        data = unpacker.unconsumed_tail or stream.read(2**16)
+        data = unpacker.unconsumed_tail
+        if not data:
+            data = stream.read(min(left, 2**16))
+            left -= len(data)
         block = unpacker.decompress(data, BLOCK)
         if not data and not block:
             raise EOFError("the packed voxels end early")
         yield len(block)
 
 
-def _ungzip(stream: BinaryIO) -> Iterator[int]:
+def _ungzip(stream: BinaryIO, _: int | None) -> Iterator[int]:
     with gzip.open(stream) as unpacked:
         while block := unpacked.read(BLOCK):
             yield len(block)
 
 
-def _unbzip2(stream: BinaryIO) -> Iterator[int]:
+def _unbzip2(stream: BinaryIO, _: int | None) -> Iterator[int]:
     with bz2.open(stream) as unpacked:
         while block := unpacked.read(BLOCK):
             yield len(block)
 
 
-_UNPACK: dict[str, Callable[[BinaryIO], Iterator[int]]] = {"zlib": _unzlib, "gzip": _ungzip, "bzip2": _unbzip2}
+_UNPACK: dict[str, Callable[[BinaryIO, int | None], Iterator[int]]] = {"zlib": _unzlib, "gzip": _ungzip, "bzip2": _unbzip2}

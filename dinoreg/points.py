@@ -77,7 +77,7 @@ def read_points(path: Path, space: str) -> PointFile:
     first = 0
     if name.endswith(".fcsv"):
         first = 1  # after the id
-        says = [line.split("=", 1)[1].strip().upper() for line in text.splitlines() if line.startswith("# CoordinateSystem")]
+        says = [line.partition("=")[2].strip().upper() for line in text.splitlines() if line.startswith("# CoordinateSystem")]
         space = {"0": "ras", "RAS": "ras", "1": "lps", "LPS": "lps"}.get(says[0] if says else "", "")
         if not space:
             raise InputError(f"{path}: expected a line '# CoordinateSystem = LPS' (or RAS); got {says or 'none'}; save it again")

@@ -120,7 +120,8 @@ def test_the_distance_to_given_points_is_printed(folder: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("p.csv", "x,y,z\n", "at least one"), ("p.csv", "1,2,3\n4,five,6\n", "line 2"), ("p.csv", "1,2\n", "x, y, z"),
-    ("p.csv", "nan,1,2\n", "x, y, z"), ("p.fcsv", "a,1,2,3\n", "CoordinateSystem"), ("p.mrk.json", "{}", "controlPoints"),
+    ("p.csv", "nan,1,2\n", "x, y, z"), ("p.fcsv", "a,1,2,3\n", "CoordinateSystem"),
+    ("p.fcsv", "# CoordinateSystem\na,1,2,3\n", "CoordinateSystem"), ("p.mrk.json", "{}", "controlPoints"),
     ("p.txt", "1,2,3\n", "expected .csv"),
 ])
 def test_what_are_no_points_is_named(folder: Path, name: str, text: str, message: str,

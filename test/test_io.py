@@ -302,7 +302,8 @@ def test_declared_size_is_checked_before_reading(tmp_path: Path, suffix: str) ->
     are registered, it is twice as much."""
     path = tmp_path / f"bomb{suffix}"
     if suffix == ".mha":
-        path.write_bytes(b"ObjectType = Image\nNDims = 3\nBinaryData = True\nCompressedData = True\nDimSize = 512 512 512\n"
+        path.write_bytes(b"ObjectType = Image\nNDims = 3\nBinaryData = True\nCompressedData = True\nCompressedDataSize = 9\n"
+                         b"DimSize = 512 512 512\n"
                          b"ElementType = MET_SHORT\nElementDataFile = LOCAL\n")
     else:
         header = nib.Nifti1Header()

@@ -61,6 +61,29 @@ def test_packed_voxels_whose_checksum_is_cut_or_wrong_are_refused(tmp_path: Path
         read_volume(path)
 
 
+@pytest.mark.parametrize("line", [b"", b"CompressedDataSize = %d\n", b"CompressedDataSize = 0\n", b"CompressedDataSize = -1\n",
+                                  b"CompressedDataSize = 1\nCompressedDataSize = 2\n"])
+def test_a_packed_metaimage_without_its_packed_size_is_refused(tmp_path: Path, line: bytes) -> None:
+    path = written(tmp_path / "x.mha", True)
+    content = path.read_bytes()
+    found = re.search(rb"CompressedDataSize = (\d+)\n", content)
+    assert found is not None
+    path.write_bytes(content.replace(found.group(), line % (int(found.group(1)) - 20) if b"%" in line else line))
+    with pytest.raises(InputError, match=r"x\.mha: .*(CompressedDataSize|truncated)"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("x.mha", b"Name = "), ("x.mha", b"Comment = "), ("x.nrrd", b""), ("x.nrrd", b"content: ")])
+def test_words_of_a_header_on_which_itk_crashes_are_refused(tmp_path: Path, name: str, line: bytes) -> None:
+    path = written(tmp_path / name, False)
+    content = path.read_bytes()
+    at = content.index(b"BinaryData = " if name.endswith("mha") else b"type: ")
+    path.write_bytes(content[:at] + line + 1500 * b"x" + b"\n" + content[at:])
+    with pytest.raises(InputError, match=r"at most 200 letters|more than 500 bytes"):
+        read_volume(path)
+
+
 @pytest.mark.parametrize("name", ["x.mha", "x.nrrd", "x.nii.gz"])
 def test_packed_voxels_that_go_on_after_their_number_are_compared_with_the_checksum(tmp_path: Path, name: str) -> None:
     """A damaged stream may unpack to more than there was: what is behind the last voxel must not hide the checksum."""

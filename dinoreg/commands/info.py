@@ -84,7 +84,7 @@ def differences(report: Path, weights: Path | None = None) -> list[tuple[str, st
         then |= {name: info[name] for name in ("device", "threads") if name in info}
         if info.get("encoder_sha256"):
             then["weights"] = info["encoder_sha256"]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{report}: expected a report.json of dinoreg; got something else ({type(error).__name__}: {error}); "
                          "name the report of a run") from error
     now = _versions(environment()) | _flat("config", get_preset(config.preset).to_dict() | {"features": config.features})
