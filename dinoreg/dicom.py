@@ -58,7 +58,7 @@ def read_series(folder: Path, limit: int) -> tuple[npt.NDArray[Any], Array]:
     declared = len(files) * math.prod(headers[0].GetSize()) * 4  # rescaled values may need 4 bytes
     if declared > limit:
         raise InputError(f"{folder}: the series has {declared / 2**20:.0f} MiB; expected at most {limit / 2**20:.0f} MiB; "
-                         "crop or resample it")
+                         "crop or resample it", "too-large")
     reader.SetFileNames(files)
     image = reader.Execute()
     rows, cols = _axes(headers[0])
@@ -101,7 +101,8 @@ def _distance(folder: Path, files: Sequence[str], headers: Sequence[sitk.ImageFi
         raise InputError(f"{folder}: expected one grey slice a file; got many frames or colours in {Path(files[0]).name}; "
                          "convert the series to NIfTI, for example with dcm2niix")
     if len(files) < 2:
-        raise InputError(f"{folder}: expected a series of slices; got a single one; name the folder of a whole volume")
+        raise InputError(f"{folder}: expected a series of slices; got a single one; name the folder of a whole volume",
+                         "not-3d")
     for name, header in zip(files, headers, strict=True):
         for what, got, expected in (("size", header.GetSize(), first.GetSize()),
                                     ("pixel spacing", header.GetSpacing()[:2], first.GetSpacing()[:2]),

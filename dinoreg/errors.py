@@ -20,9 +20,17 @@ class ConfigError(DinoRegError):
 
 
 class InputError(DinoRegError):
-    """An input file or folder that is missing, unreadable, malformed or unfit for registration."""
+    """An input file or folder that is missing, unreadable, malformed or unfit for registration.
+
+    Attributes:
+        code: what kind of problem it is, a key of ``dinoreg.validate.CODES``.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, code: str = "unreadable") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class WeightsError(DinoRegError):

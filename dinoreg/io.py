@@ -121,7 +121,7 @@ def read_volume(path: Path, *, max_bytes: int | None = None) -> Volume:
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or (spacing <= 0).any() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
         raise InputError(f"{path}: expected three positive spacings along independent directions; got spacing "
-                         f"{_numbers(spacing)} mm and the affine {affine[:3].tolist()}; correct the header")
+                         f"{_numbers(spacing)} mm and the affine {affine[:3].tolist()}; correct the header", "affine")
     return Volume(array, affine)
 
 
@@ -129,7 +129,7 @@ def _read_nifti(path: Path, suffix: str, limit: int) -> tuple[npt.NDArray[Any], 
     with open_nifti(path, suffix) as (stream, header):
         if not (np.isfinite(header["pixdim"][1:4]).all() and header["pixdim"][1:4].all()):  # nibabel would set a zero to 1
             raise InputError(f"{path}: expected a positive spacing along each axis; got {_numbers(header['pixdim'][1:4])} mm; "
-                             "correct the header")
+                             "correct the header", "affine")
         header.check_fix(logger=_log)
         dtype = header.get_data_dtype()
         shape = _spatial_shape(path, header.get_data_shape(), 1 if dtype.kind in "biuf" else 2)
@@ -238,7 +238,8 @@ def _spatial_shape(path: Path, shape: Sequence[int], components: int) -> tuple[i
     """The three lengths of a 3D image; dimensions beyond the third may have length 1."""
     if len(shape) < 3 or any(n != 1 for n in shape[3:]) or any(n < 1 for n in shape[:3]) or components != 1:
         values = "" if components == 1 else " with more than one value a voxel"
-        raise InputError(f"{path}: expected a 3D image; got shape {tuple(int(n) for n in shape)}{values}; extract one 3D volume")
+        raise InputError(f"{path}: expected a 3D image; got shape {tuple(int(n) for n in shape)}{values}; extract one 3D volume",
+                         "not-3d")
     i, j, k = (int(n) for n in shape[:3])
     return i, j, k
 
@@ -248,7 +249,7 @@ def _check_size(path: Path, shape: Sequence[int], itemsize: int, limit: int, off
     declared = max(voxels * itemsize + max(0, offset), voxels * 4)  # an image is registered in single precision
     if declared > limit:
         raise InputError(f"{path}: the header declares {declared / 2**20:.0f} MiB; expected at most {limit / 2**20:.0f} MiB; "
-                         "crop or resample the image")
+                         "crop or resample the image", "too-large")
 
 
 def _numbers(values: npt.NDArray[Any]) -> str:

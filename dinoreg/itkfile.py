@@ -64,7 +64,7 @@ def _meta(path: Path, start: bytes) -> VoxelPlace:
     for value in re.findall(rb"(?im)^NDims[ \t]*=[ \t]*([^\r\n]*)", header):
         if not re.fullmatch(rb"\d{1,2}[ \t]*", value) or not 1 <= int(value) <= MAX_DIMENSIONS:
             got = value[:20].decode("utf-8", "replace")
-            raise InputError(f"{path}: expected a 3D image; got NDims = {got}; correct the header")
+            raise InputError(f"{path}: expected a 3D image; got NDims = {got}; correct the header", "not-3d")
     if long := re.search(_WORDS, header):
         raise InputError(f"{path}: expected at most {MAX_WORD} letters of {long.group(1).decode()}; got more; shorten it")
     text = re.search(rb"(?im)^BinaryData[ \t]*=[ \t]*[f0]", header)

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dinoreg.config import modality
 from dinoreg.errors import ConfigError, InputError
 from dinoreg.grandchallenge import find_single_pair
 from dinoreg.io import copy_file, image_suffix, read_volume, write_disp_mha, write_disp_nifti, write_volume
 from dinoreg.learn2reg import Pair, disp_filename, find_dataset, load_dataset, short_disp_filename
-from dinoreg.validate import check_mask, check_pair, check_volume, raise_errors
+from dinoreg.validate import Problem, check_header, check_mask, check_pair, check_roles, check_volume, raise_errors, unreadable
 from dinoreg.volume import Volume
 
 Disp = npt.NDArray[np.float32]
@@ -143,42 +144,74 @@ def _learn2reg_case(pair: Pair) -> Case:
                 results=(*fields, warped, picture))
 
 
-def load_case(case: Case) -> Images:
+def load_case(case: Case, expected: tuple[str, str] = ("", "")) -> Images:
     """Read and check the images of a case.
 
     Where the contract counts from voxel to voxel, the moving image is put on the fixed image's grid if only their headers differ.
 
+    Args:
+        case: what is asked for.
+        expected: the modalities that the preset expects of fixed and moving image.
+
     Raises:
         InputError: with everything that is wrong with any of the files, if they cannot be registered.
     """
+    volumes, problems = inspect_case(case, expected)
+    return _images(volumes, problems)
+
+
+def inspect_case(case: Case, expected: tuple[str, str] = ("", "")) -> tuple[dict[str, Volume], list[Problem]]:
+    """The images of a case by role, as far as they can be read, and everything that is wrong with them; see :func:`load_case`."""
     if case.problem:
-        raise InputError(case.problem)
+        return {}, [unreadable(InputError(case.problem))]
     files = {"fixed": case.fixed, "moving": case.moving, "fixed_mask": case.fixed_mask, "moving_mask": case.moving_mask}
     volumes: dict[str, Volume] = {}
-    unreadable: list[str] = []
+    problems: list[Problem] = []
     for role, path in files.items():
         if path is not None:
             try:
                 volumes[role] = read_volume(path)
+                problems += check_header(path)
             except InputError as error:
-                unreadable.append(str(error))
-    return check_images(volumes, {role: str(path) for role, path in files.items()}, unreadable, same_grid=case.same_grid,
-                        moved=case.moved)
+                problems.append(unreadable(error))
+    kinds = (modality(case.modalities[0]), modality(case.modalities[1]))
+    problems += check_roles(str(case.fixed), str(case.moving), kinds, expected)
+    volumes, found = _inspect(volumes, {role: str(path) for role, path in files.items()}, _either(kinds, expected),
+                              same_grid=case.same_grid, moved=case.moved)
+    return volumes, [*problems, *found]
 
 
-def check_images(volumes: Mapping[str, Volume], names: Mapping[str, str], unreadable: Sequence[str] = (), *,
-                 same_grid: bool = False, moved: bool = False) -> Images:
-    """Check the images of a pair, one by one and against each other.
+def check_images(volumes: Mapping[str, Volume], names: Mapping[str, str], given: tuple[str, str] = ("", ""),
+                 expected: tuple[str, str] = ("", ""), *, moved: bool = False) -> Images:
+    """Check the images of a pair that are in memory, one by one and against each other.
 
     Args:
         volumes: by role ("fixed", "moving", "fixed_mask", "moving_mask"), as far as there are any.
-        names: what messages call them.
-        unreadable: what is wrong with images that are not there.
-        same_grid, moved: as in :class:`Case`.
+        names: what messages call them; paths, if they have one.
+        given, expected: modalities of fixed and moving image, by the user and by the preset.
+        moved: as in :class:`Case`.
 
     Raises:
         InputError: with everything that is wrong with any of them, if they cannot be registered.
     """
+    problems = [problem for name in names.values() if Path(name).is_file() for problem in check_header(Path(name))]
+    problems += check_roles(names["fixed"], names["moving"], given, expected)
+    checked, found = _inspect(volumes, names, _either(given, expected), same_grid=False, moved=moved)
+    return _images(checked, [*problems, *found])
+
+
+def _either(given: tuple[str, str], expected: tuple[str, str]) -> tuple[str, str]:
+    return given[0] or expected[0], given[1] or expected[1]
+
+
+def _images(volumes: Mapping[str, Volume], problems: Sequence[Problem]) -> Images:
+    warnings = raise_errors(problems)
+    return Images(volumes["fixed"], volumes["moving"], volumes.get("fixed_mask"), volumes.get("moving_mask"), tuple(warnings))
+
+
+def _inspect(volumes: Mapping[str, Volume], names: Mapping[str, str], kinds: tuple[str, str], *, same_grid: bool,
+             moved: bool) -> tuple[dict[str, Volume], list[Problem]]:
+    """The images by role (on one grid where the contract has one), and what is wrong with them."""
     problems = []
     if "fixed" in volumes and "moving" in volumes:
         problems += [problem for problem in check_pair(volumes["fixed"], volumes["moving"], same_grid=same_grid)
@@ -188,11 +221,10 @@ def check_images(volumes: Mapping[str, Volume], names: Mapping[str, str], unread
     for role, volume in volumes.items():
         image = volumes.get(role.removesuffix("_mask"))
         if not role.endswith("_mask"):
-            problems += check_volume(volume, names[role])
+            problems += check_volume(volume, names[role], kind=kinds[role == "moving"], straight=not same_grid)
         elif image is not None:
             problems += check_mask(volume, image, names[role])
-    warnings = raise_errors(problems, unreadable)
-    return Images(volumes["fixed"], volumes["moving"], volumes.get("fixed_mask"), volumes.get("moving_mask"), tuple(warnings))
+    return dict(volumes), problems
 
 
 def write_case(case: Case, output_dir: Path, images: Images, disp: Disp, warped: Volume | None, *,

@@ -72,7 +72,7 @@ def _run(case: Case, config: Config, register: Register, write: Write, output: P
     check_writable((output / case.record).parent)  # now, and not after minutes of work
     with stage("read", stages):
         before = _stamps(case)
-        images = load_case(case)
+        images = load_case(case, config.modalities)
         truth = read_truth(case.known, case.space, images.fixed, images.moving)
         inputs = {role: file_record(path, root) for role, path in completion.inputs(case).items()}
         if _stamps(case) != before:

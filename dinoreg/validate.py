@@ -1,24 +1,38 @@
 """Checks of a case before it is registered: everything that is wrong with it at once, as values.
 
-A check reads and judges; it changes nothing. What a file's reader refuses (truncation, 2D or 4D, a spacing of zero) never gets
-here: see :mod:`dinoreg.io`.
+A check reads and judges; it changes nothing. What a file's reader refuses (:mod:`dinoreg.io`) becomes a problem among the others.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 
+from dinoreg.config import modality
 from dinoreg.errors import InputError
+from dinoreg.io import image_suffix, open_nifti
 from dinoreg.volume import Volume
 
 CODES = {  # what each code means; error unless said otherwise
+    "unreadable": "a file is missing, truncated, damaged or not what its name says",
+    "too-large": "the header declares more voxels than are read",
+    "affine": "the header gives no three spacings along independent directions",
+    "sheared": "the axes of the image are not at right angles (not asked of a Learn2Reg pair, which is taken voxel by voxel)",
+    "two-headers": "warning: the two places that a NIfTI file says it lies at (sform and qform) differ; the sform is taken",
     "not-3d": "an axis of the image has a single voxel: there is no volume to register",
     "non-finite": "the image holds NaN or infinite values",
-    "constant": "all voxels of the image have the same value",
+    "out-of-range": "the image holds values beyond 1e37, which single precision cannot calculate with",
+    "constant": "all voxels of the image have the same value, in single precision",
+    "not-hu": "warning: the image is said to be a CT, but holds no value below -200; its window is taken from its percentiles",
+    "not-mr": "warning: the image is said to be an MR, but its values look like those of a CT",
+    "swapped": "warning: by their names, fixed and moving image are the other way round",
     "spacing": "warning: a spacing that no scanner of people has",
     "shape-mismatch": "the images of a Learn2Reg pair are not of one shape",
     "affine-mismatch": "warning: the headers of a Learn2Reg pair differ; the pair is taken voxel by voxel, as it is scored",
@@ -29,7 +43,11 @@ CODES = {  # what each code means; error unless said otherwise
 }
 
 _PLAUSIBLE_SPACING_MM = (0.05, 20.0)
+_LARGEST_SHEAR = 1e-3  # cosine between two axes: .2 mm over 200 mm in a field that ITK's NIfTI writer makes right-angled
+_LARGEST_VALUE = 1e37  # a tenth of what float32 holds: differences and sums of some values stay finite
+_HEADERS_APART = 0.5  # voxels
 _SMALL_OVERLAP = 0.25  # of the fixed image
+_NUMBER = re.compile(r"_\d{4}_(\d{4})\.nii")  # the modality in a Learn2Reg name
 
 
 @dataclass(frozen=True)
@@ -52,12 +70,46 @@ class Problem:
         return f"{self.message}; {self.fix} [{self.code}]"
 
 
-def check_volume(volume: Volume, name: str) -> list[Problem]:
+def unreadable(error: InputError) -> Problem:
+    """What a reader refused, as a problem among others."""
+    message, _, fix = str(error).rpartition("; ")
+    return Problem(error.code, "error", message or fix, fix if message else "correct the input")
+
+
+def check_header(path: Path) -> list[Problem]:
+    """Check that both places a NIfTI file gives for its voxels are one, if it gives two; other formats give one.
+
+    Args:
+        path: a file that was read.
+    """
+    suffix = image_suffix(path)
+    if suffix not in (".nii", ".nii.gz") or path.is_dir():
+        return []
+    with open_nifti(path, suffix) as (_, header):
+        if not (header["sform_code"] > 0 and header["qform_code"] > 0):
+            return []
+        sform, shape = header.get_sform(), header.get_data_shape()[:3]
+        try:
+            qform = header.get_qform()
+        except (HeaderDataError, ValueError):  # no rotation
+            apart = np.inf
+        else:
+            corners = np.array(list(itertools.product(*((0, n - 1) for n in shape), (1,)))).T
+            apart = float(np.abs(np.linalg.solve(sform, qform) @ corners - corners)[:3].max())
+    if apart <= _HEADERS_APART:
+        return []
+    return [Problem("two-headers", "warning", f"{path}: expected its sform and its qform to say the same; got places that are up "
+                    f"to {apart:.3g} voxels apart", "the sform is taken: remove the wrong one")]
+
+
+def check_volume(volume: Volume, name: str, *, kind: str = "", straight: bool = True) -> list[Problem]:
     """Check one image by itself.
 
     Args:
         volume: the image.
         name: what messages call it: the file.
+        kind: what the image is said to be: "CT", "CBCT", "MR" or "". A cone-beam CT may hold any values.
+        straight: whether results lie where the header says: then its axes have to be at right angles.
     """
     problems = []
     if min(volume.shape) < 2:
@@ -65,12 +117,28 @@ def check_volume(volume: Volume, name: str) -> list[Problem]:
                                 "give a volume, not a slice"))
     array = volume.array
     bad = array.size - int(np.count_nonzero(np.isfinite(array))) if array.dtype.kind == "f" else 0
+    lowest, highest = (0.0, 0.0) if bad else (float(array.min()), float(array.max()))
+    span = f"from {lowest:.6g} to {highest:.6g}"
     if bad:
         problems.append(Problem("non-finite", "error", f"{name}: expected finite values; got {bad} NaN or infinite voxels",
                                 "replace them with the value of air"))
-    elif array.min() == array.max():
+    elif max(-lowest, highest) > _LARGEST_VALUE:
+        problems.append(Problem("out-of-range", "error", f"{name}: expected values of at most {_LARGEST_VALUE:g}; got {span}",
+                                "scale them"))
+    elif np.float32(lowest) == np.float32(highest):
         problems.append(Problem("constant", "error", f"{name}: expected an image; got the value {array.flat[0]} everywhere",
                                 "check how it was exported"))
+    elif kind == "CT" and lowest > -200:
+        problems.append(Problem("not-hu", "warning", f"{name}: expected a CT in HU, with air below -200; got values {span}",
+                                "check rescale slope and intercept, and the modality"))
+    elif kind == "MR" and lowest < -500 and array.dtype.kind == "i":
+        problems.append(Problem("not-mr", "warning", f"{name}: expected an MR; got values {span}, as of a CT",
+                                "check which image is which, and the modality"))
+    axes = volume.affine[:3, :3] / volume.spacing
+    cosine = float(np.abs(axes.T @ axes - np.eye(3)).max())
+    if straight and cosine > _LARGEST_SHEAR:
+        problems.append(Problem("sheared", "error", f"{name}: expected axes at right angles; got two at "
+                                f"{np.degrees(np.arccos(min(cosine, 1))):.1f} degrees", "resample the image to a straight grid"))
     low, high = _PLAUSIBLE_SPACING_MM
     if not all(low <= spacing <= high for spacing in volume.spacing):
         got = " x ".join(f"{spacing:g}" for spacing in volume.spacing)
@@ -122,11 +190,40 @@ def check_pair(fixed: Volume, moving: Volume, *, same_grid: bool) -> list[Proble
     return []
 
 
-def raise_errors(problems: Sequence[Problem], unreadable: Sequence[str] = ()) -> list[str]:
-    """Raise all errors as one InputError, those of files that could not be read first; return the warnings as text."""
-    errors = [*unreadable, *(str(problem) for problem in problems if problem.severity == "error")]
+def check_roles(fixed: str, moving: str, given: tuple[str, str], expected: tuple[str, str]) -> list[Problem]:
+    """Check that fixed and moving image are not swapped, by what they are called.
+
+    Args:
+        fixed, moving: names of the files.
+        given: what the images are said to be ("CT", "CBCT", "MR" or ""), by the data set or the user.
+        expected: what the preset expects of a fixed and of a moving image.
+    """
+    names = (Path(fixed).name, Path(moving).name)
+    called = (modality(names[0]), modality(names[1]))
+    guided = expected == ("CBCT", "CT")  # between MR and CT, either may move
+    numbers = [_NUMBER.search(name) for name in names]
+    reasons = [
+        (_swapped(called, given), f"their names say {' and '.join(called)}, they are given as {' and '.join(given)}"),
+        (guided and _swapped(called, expected), "the CT of the plan is usually what moves"),
+        (guided and _swapped(given, expected), "the CT of the plan is usually what moves"),
+        (guided and not any(given) and [number[1] for number in numbers if number] in (["0000", "0001"], ["0000", "0002"]),
+         "in OncoReg and ThoraxCBCT, _0000 is the CT and moves"),
+        (all(re.search(rf"(?i)(?<![a-z]){word}(?![a-z])", name) for word, name in zip(("moving", "fixed"), names, strict=True)),
+         "their names say the opposite"),
+    ]
+    return [Problem("swapped", "warning", f"{names[0]} is fixed and {names[1]} moves: {reason}",
+                    "swap them if that is not what is wanted") for holds, reason in reasons if holds][:1]
+
+
+def _swapped(kinds: tuple[str, str], expected: tuple[str, str]) -> bool:
+    return all(kinds) and kinds[0] != kinds[1] and kinds == expected[::-1]
+
+
+def raise_errors(problems: Sequence[Problem]) -> list[str]:
+    """Raise all errors as one InputError; return the warnings as text."""
+    errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
-        raise InputError(" | ".join(errors))
+        raise InputError(" | ".join(map(str, errors)), errors[0].code)
     return [str(problem) for problem in problems]
 
 

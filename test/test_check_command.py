@@ -54,6 +54,38 @@ def test_a_truncated_image_is_found(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert image.name in capsys.readouterr().out
 
 
+def test_what_readers_and_checks_find_is_said_at_once_with_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = np.random.default_rng(0).normal(size=(8, 9, 10))
+    folder = dataset(tmp_path, {"0001_0000": good, "0002_0000": np.ones((8, 9, 10))}, [("0001_0000", "0002_0000")])
+    image = folder / "imagesTr" / "T_0001_0000.nii.gz"
+    image.write_bytes(image.read_bytes()[:500])
+    assert main(["check", str(folder)]) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "error: " in lines[0] and "[unreadable]" in lines[0] and "[constant]" in lines[1]
+
+
+def test_modalities_are_those_of_the_data_set_and_then_of_the_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = np.random.default_rng(0).normal(size=(8, 9, 10)) + 9
+    folder = dataset(tmp_path, {"0001_0000": good, "0001_0001": good}, [("0001_0000", "0001_0001")])  # _0000 is a CT
+    assert main(["check", str(folder)]) == 0
+    assert capsys.readouterr().out.count("[not-hu]") == 1
+    assert main(["check", str(folder), "--preset", "abdomen-mrct"]) == 0
+    assert capsys.readouterr().out.count("[not-hu]") == 2
+    assert main(["check", str(folder), "--preset", "none"]) == 2
+
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not beside the checkout")
+@pytest.mark.parametrize("name", [name if name != "OASISx" else pytest.param(name, marks=pytest.mark.slow) for name in (
+    "ThoraxCBCTsim", "AbdomenMRCTx", "AbdomenMRCTsim", "BrainMNIColin", "HippocampusMR", "BrainT1T2sim", "OASISx")])
+def test_sound_data_raise_no_alarm(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(DATA / name)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 1 and lines[-1].endswith("0 warnings") and all(line.endswith(": ok") for line in lines[:-1])
+
+
 def test_every_code_is_documented() -> None:
     text = (Path(__file__).parents[1] / "docs" / "checks.md").read_text()
     listed = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}

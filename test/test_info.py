@@ -92,7 +92,8 @@ def test_the_same_weights_are_no_difference(tmp_path: Path, manifest: dict[str, 
 
 
 @pytest.mark.parametrize(("text", "status"), [
-    ("{}", 3), ("[]", 3), ("no", 3), ('{"config": {"colour": 1}}', 2), ('{"config": {"preset": ' + 700 * "[" + 700 * "]" + "}}", 3)])
+    ("{}", 3), ("[]", 3), ("no", 3), ('{"config": {"colour": 1}}', 2),
+    ('{"config": {"preset": ' + 700 * "[" + 700 * "]" + "}}", 3)])
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "report.json").write_text(text)
     assert main(["info", "--repeat", str(tmp_path / "report.json")]) == status

@@ -163,8 +163,8 @@ def test_an_input_that_changes_while_it_is_read_fails_its_pair(tmp_path: Path, m
     _dataset(tmp_path / "in", 2)
     load = run.load_case
 
-    def load_and_lose(case: Any) -> Any:
-        images = load(case)
+    def load_and_lose(case: Any, expected: Any) -> Any:
+        images = load(case, expected)
         if case.name == PAIR:
             _other_input(tmp_path)
         return images
