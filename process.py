@@ -125,7 +125,8 @@ class DinoReg(Algorithm):
     def predict(self, *, input_image: tuple[Case, Images]) -> Registration:
         case, images = input_image
         return self.registrar.register(images.fixed, images.moving, fixed_mask=images.fixed_mask, moving_mask=images.moving_mask,
-                                       modalities=[modality(text) for text in case.modalities])
+                                       modalities=[modality(text) for text in case.modalities],
+                                       colours=case.picture is not None)
 
     def run(self) -> dict[str, Any]:
         """What reports say of the whole run."""

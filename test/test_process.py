@@ -30,6 +30,7 @@ from dinoreg.config import Config, DiscreteConfig, RefineConfig
 from dinoreg.errors import RegistrationError, WeightsError
 from dinoreg.io import write_text, write_volume
 from dinoreg.registration import Registrar
+from dinoreg.result import Registration
 from dinoreg.volume import Volume
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,13 +40,12 @@ SHIFT = np.array([1.0, -2.0, 1.5], dtype=np.float32)
 DRAW = qc.write_qc
 
 
-@dataclasses.dataclass
-class StubRegistration:
+@dataclasses.dataclass(frozen=True, eq=False)
+class StubRegistration(Registration):
     """A constant shift as the result."""
 
-    disp: np.ndarray
+    fixed_affine: np.ndarray = dataclasses.field(default_factory=lambda: AFFINE)
     stages: dict[str, dict[str, float]] = dataclasses.field(default_factory=lambda: {"solve": {"seconds": 0.5}})
-    warnings: list[str] = dataclasses.field(default_factory=list)
     info: dict[str, Any] = dataclasses.field(default_factory=lambda: {"features": "stub"})
 
     def warp(self, volume: Volume, order: str = "linear") -> Volume:
@@ -141,7 +141,7 @@ def test_learn2reg_folder_gives_a_field_a_pair_and_the_report(tmp_path: Path) ->
     assert image.shape == (*SHAPE, 3) and image.get_data_dtype() == np.float32
     np.testing.assert_array_equal(np.asarray(image.dataobj)[3, 4, 5], SHIFT)
     np.testing.assert_allclose(image.affine, AFFINE, atol=1e-5)  # float32 header
-    assert registrar.calls[0]["modalities"] == ["CBCT", "CT"]
+    assert registrar.calls[0]["modalities"] == ["CBCT", "CT"] and registrar.calls[0]["colours"] is True  # for the picture
     np.testing.assert_array_equal(registrar.calls[0]["fixed"].array, _volume(10).array)  # file 0 of pair 1 is the fixed one
     np.testing.assert_array_equal(registrar.calls[1]["moving"].array, _volume(21).array)
 
