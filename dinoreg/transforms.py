@@ -150,25 +150,30 @@ def write_composite(path: Path, disp: Disp, fixed_affine: Matrix, initial: Matri
     if path.suffix != ".h5":
         raise OutputError(f"{path}: expected a name that ends in .h5 for a composite transform; choose another")
     in_voxels = np.linalg.solve(fixed_affine, np.linalg.solve(initial, fixed_affine))  # A^-1 between fixed voxels
-    rest = np.empty(disp.shape, dtype=np.float64)
-    for slab in slabs(disp.shape[1:]):
-        voxels = np.stack(np.broadcast_arrays(*np.ogrid[slab, : disp.shape[2], : disp.shape[3]])).astype(np.float64)
-        moved = np.einsum("ab,bijk->aijk", in_voxels[:3, :3], voxels + disp[:, slab])
-        rest[:, slab] = moved + in_voxels[:3, 3, None, None, None] - voxels
-    affine, field = from_matrix(initial).itk, _field_image(rest, fixed_affine)
-    grid = (*field.GetSize(), *field.GetOrigin(), *field.GetSpacing(), *field.GetDirection())
-    parts = (("AffineTransform", affine.GetFixedParameters(), affine.GetParameters()),
-             ("DisplacementFieldTransform", grid, sitk.GetArrayViewFromImage(field).ravel()))  # the last one comes first
+    shape = disp.shape[:0:-1]  # (k, j, i), as ITK's arrays
+    to_mm = (LPS_FROM_RAS @ fixed_affine)[:3, :3]
+    affine, header = from_matrix(initial).itk, sitk.Image([1, 1, 1], sitk.sitkUInt8)
+    set_header(header, fixed_affine)
+    grid = (*disp.shape[1:], *header.GetOrigin(), *header.GetSpacing(), *header.GetDirection())
     # Not through ITK, which writes the time of day into the file: the same transform gives the same bytes.
     with atomic_write(path) as temporary, _Unfailing(temporary, "w+") as stream:
         with h5py.File(stream, "w") as file:
             file["ITKVersion"], file["HDFVersion"] = _text(sitk.Version.ITKVersionString()), _text(h5py.version.hdf5_version)
             file["TransformGroup/0/TransformType"] = _text("CompositeTransform_double_3_3")
-            for number, (kind, fixed, parameters) in enumerate(parts, 1):
+            parts = (("AffineTransform", affine.GetFixedParameters(), len(affine.GetParameters())),
+                     ("DisplacementFieldTransform", grid, disp.size))  # the last one comes first
+            for number, (kind, fixed, count) in enumerate(parts, 1):
                 group = file.create_group(f"TransformGroup/{number}")
                 group["TransformType"] = _text(f"{kind}_double_3_3")
                 group["TransformFixedParameters"] = np.asarray(fixed, dtype=np.float64)
-                group["TransformParameters"] = np.asarray(parameters, dtype=np.float64)
+                parameters = group.create_dataset("TransformParameters", (count,), np.float64)
+            file["TransformGroup/1/TransformParameters"][:] = affine.GetParameters()
+            for slab in slabs(shape):
+                voxels = np.stack(np.broadcast_arrays(*np.ogrid[: shape[2], : shape[1], slab])).astype(np.float64)
+                moved = np.einsum("ab,bijk->aijk", in_voxels[:3, :3], voxels + disp[..., slab])
+                rest = moved + in_voxels[:3, 3, None, None, None] - voxels
+                plane = 3 * shape[1] * shape[2]
+                parameters[slab.start * plane : slab.stop * plane] = np.einsum("ab,bijk->kjia", to_mm, rest).ravel()
         if stream.error is not None:
             raise stream.error
 
