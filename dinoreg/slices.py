@@ -148,6 +148,7 @@ def volume_tokens(volume: Tensor, mask: Tensor, affine: npt.NDArray[np.float64],
 
     Raises:
         RegistrationError: when there is no foreground to encode, or the encoder returns something that is not finite.
+        torch.OutOfMemoryError: when a single slice is too much for the GPU; more than one are halved until they fit.
     """
     shape = (volume.shape[0], volume.shape[1], volume.shape[2])
     window = mask if window is None else window
@@ -170,14 +171,27 @@ def volume_tokens(volume: Tensor, mask: Tensor, affine: npt.NDArray[np.float64],
     mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
 
     tokens: Tensor | None = None
+    found: Tensor | None
     began = time.monotonic()
-    for start in range(0, len(wanted), size):
+    start = 0
+    while start < len(wanted):
         numbers = wanted[start : start + size]
-        grey = torch.stack([to_rows @ slices[indices[n]].to(device, torch.float32) @ to_cols.T for n in numbers])
-        images = grey[:, None].expand(-1, 3, -1, -1)  # (b, 3, height, width)
-        if config.imagenet_norm:
-            images = (images - mean) / std
-        found = encoder.patch_tokens(images, config.last_layers).to("cpu", torch.float16)  # (b, h, w, c)
+        try:
+            grey = torch.stack([to_rows @ slices[indices[n]].to(device, torch.float32) @ to_cols.T for n in numbers])
+            images = grey[:, None].expand(-1, 3, -1, -1)  # (b, 3, height, width)
+            if config.imagenet_norm:
+                images = (images - mean) / std
+            found = encoder.patch_tokens(images, config.last_layers).to("cpu", torch.float16)  # (b, h, w, c)
+        except torch.OutOfMemoryError:  # of a GPU, which others may use as well
+            if len(numbers) == 1:
+                raise
+            found = None
+        if found is None:  # out here, nothing of the failed attempt is held any more
+            size = len(numbers) // 2
+            log.warning("GPU memory ran out with %d slices at a time: going on with %d", len(numbers), size)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
         if not bool(torch.isfinite(found).all()):
             raise RegistrationError("the encoder returned tokens that are not finite, or too large for float16 (65504)")
         if tokens is None:
@@ -187,8 +201,9 @@ def volume_tokens(volume: Tensor, mask: Tensor, affine: npt.NDArray[np.float64],
         if start == 0 and (estimate := seconds / len(numbers) * len(wanted)) > WORTH_SAYING:
             log.info("encoding %d slices will take about %.0f s (the first %d took %.1f s)", len(wanted), estimate, len(numbers),
                      seconds)
+        start += len(numbers)
         if progress is not None:
-            progress(start + len(numbers), len(wanted))
+            progress(start, len(wanted))
     assert tokens is not None  # wanted is not empty
     return TokenGrid(tokens, foreground.cpu(), geometry)
 

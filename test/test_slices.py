@@ -220,6 +220,35 @@ def test_slices_without_foreground_are_not_encoded() -> None:
     assert grid.foreground[0].all()
 
 
+class Crowded(PatchMeans):
+    """An encoder on a GPU that has room for some slices at a time."""
+
+    room = 2
+
+    def patch_tokens(self, images: Tensor, last_layers: int) -> Tensor:
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().patch_tokens(images, last_layers)
+
+
+def test_gpu_memory_that_runs_out_halves_the_batches(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """13 slices, then 6, 3 and 1 at a time; every slice is encoded once, and the tokens are the same."""
+    volume = torch.rand(24, 24, 24, generator=torch.Generator().manual_seed(3))
+    matrix = affine((2.0, 2.0, 2.0))
+    monkeypatch.setitem(slices.TOKENS_A_BATCH, "cpu", 10**6)
+    expected, encoder = encode(volume, matrix), Crowded()
+    found = encode(volume, matrix, encoder=encoder)
+    assert torch.equal(found.tokens, expected.tokens) and encoder.batches == [1] * 13
+    assert [record.args for record in caplog.records] == [(13, 6), (6, 3), (3, 1)]
+
+
+def test_gpu_memory_too_small_for_one_slice_is_an_error() -> None:
+    encoder = Crowded()
+    encoder.room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        encode(torch.rand(24, 24, 24), affine((2.0, 2.0, 2.0)), encoder=encoder)
+
+
 @pytest.mark.parametrize(("budget", "batches"), [(1, [1] * 12), (5 * 144, [5, 5, 2]), (10**6, [12])])
 def test_batches_keep_to_the_budget_and_do_not_change_the_tokens(monkeypatch: pytest.MonkeyPatch, budget: int,
                                                                   batches: list[int]) -> None:
