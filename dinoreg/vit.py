@@ -59,9 +59,9 @@ ARCHITECTURES: dict[str, VitSpec] = {
 class PatchEmbed(nn.Module):
     """Image -> one vector a patch."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, patch: int = PATCH) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=PATCH, stride=PATCH)
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
 
     def forward(self, images: Tensor) -> Tensor:
         """(b, 3, height, width) -> (b, patches, dim), patches row by row."""
@@ -153,7 +153,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, spec: VitSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.patch = spec, PATCH
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + NATIVE_GRID * NATIVE_GRID, spec.dim))  # class token first
         if spec.registers:

@@ -15,15 +15,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn import Module, Parameter
 
 from dinoreg.errors import WeightsError
-from dinoreg.vit import ARCHITECTURES, PATCH, VisionTransformer, build_vit, get_spec
+from dinoreg.vit import ARCHITECTURES, VisionTransformer, build_vit, get_spec
 
 HOME = Path(__file__).resolve().parents[1] / "weights"
 MANIFEST = HOME / "manifest.json"
@@ -36,18 +37,28 @@ RECOMMENDED, QUICK = "vitl14_reg4", "vits14_reg4"  # what to fetch: for results,
 log = logging.getLogger(__name__)
 
 
+class PatchModel(Protocol):
+    """A transformer of 2D images: :class:`dinoreg.vit.VisionTransformer`, or another."""
+
+    patch: int
+    cls_token: Parameter
+
+    def patch_tokens(self, images: Tensor, last_layers: int) -> Tensor:
+        """See :class:`dinoreg.slices.PatchEncoder`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """A frozen DINOv2 with its provenance; a ``PatchEncoder`` of ``dinoreg.slices``.
+    """A frozen transformer with its provenance; a ``PatchEncoder`` of ``dinoreg.slices``.
 
     Attributes:
         model: the transformer, float32, in evaluation mode.
-        arch: its name in ``dinoreg.vit.ARCHITECTURES``.
+        arch: its name, for DINOv2 in ``dinoreg.vit.ARCHITECTURES``.
         sha256: of the checkpoint file; None for random weights.
         source: where the weights come from and how far that was verified, in words, for reports.
     """
 
-    model: VisionTransformer
+    model: PatchModel
     arch: str
     sha256: str | None
     source: str
@@ -55,7 +66,7 @@ class Encoder:
     @property
     def patch(self) -> int:
         """Side in px of the square that becomes one token."""
-        return PATCH
+        return self.model.patch
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +74,7 @@ class Encoder:
         return self.model.cls_token.device
 
     def patch_tokens(self, images: Tensor, last_layers: int) -> Tensor:
-        """Images (b, 3, 14 h, 14 w) float32 -> patch tokens (b, h, w, last_layers * dim).
+        """Images (b, 3, patch * h, patch * w) float32 -> patch tokens (b, h, w, last_layers * dim).
 
         On a GPU matrix products run in float16 under autocast, residual stream and LayerNorms in float32: DINOv2 was trained
         that way, a T4 has no bfloat16, and tokens differ by 0.07 % of their spread from float32 ones (ViT-S; bfloat16 0.6 %).
@@ -155,18 +166,18 @@ def found_checkpoints(folder: Path | None = None, *, manifest: Path = MANIFEST) 
 def random_encoder(arch: str, seed: int, *, device: torch.device | str = "cpu") -> Encoder:
     """The exact architecture with seeded random weights, for tests, timings and ablations; never to be called DINOv2.
 
-    The same seed gives the same weights whatever the number of threads. See ``_random_state`` for the distribution.
+    The same seed gives the same weights whatever the number of threads. See ``random_state`` for the distribution.
 
     Raises:
         ConfigError: unknown architecture.
     """
     model = build_vit(arch, "meta")
-    model.load_state_dict(_random_state(model, seed), strict=True, assign=True)
+    model.load_state_dict(random_state(model, seed), strict=True, assign=True)
     model.requires_grad_(False)
     return Encoder(model.to(device), arch, None, f"random weights, seed {seed}")
 
 
-def _random_state(model: VisionTransformer, seed: int) -> dict[str, Tensor]:
+def random_state(model: Module, seed: int) -> dict[str, Tensor]:
     """Weights that make a random transformer a usable random projection of patches and their surroundings.
 
     All matrices and tokens are normal with deviation 0.02, biases 0, LayerScale and LayerNorms 1: what a patch holds outweighs
@@ -337,9 +348,8 @@ def _read_safetensors(stream: BinaryIO, path: Path, entry: Mapping[str, Any], co
     return from_hub_names(state, _depth(state)), sha256, expected is not None
 
 
-def _fill(arch: str, state: dict[str, Any], path: Path, command: str) -> VisionTransformer:
-    """The model with these weights, after a check of names, types, shapes and values."""
-    model = build_vit(arch, "meta")
+def mismatches(model: Module, arch: str, state: Mapping[str, Any]) -> str:
+    """What keeps a state dict from being exactly that of a model (names, types, shapes, finite values): words, or ""."""
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is unknown to {arch}" for name in state if name not in expected]
@@ -351,8 +361,14 @@ def _fill(arch: str, state: dict[str, Any], path: Path, command: str) -> VisionT
             problems.append(f"{name} has shape {tuple(value.shape)} instead of {shape}")
         elif not bool(torch.isfinite(value).all()):
             problems.append(f"{name} has NaN or infinity in it")
-    if problems:
-        shown = "; ".join(sorted(problems)[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise _wrong(path, f"the {len(expected)} tensors of encoder {arch}", f"a file that does not match ({shown})", command)
+    return "; ".join(sorted(problems)[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+
+
+def _fill(arch: str, state: dict[str, Any], path: Path, command: str) -> VisionTransformer:
+    """The model with these weights, after a check of names, types, shapes and values."""
+    model = build_vit(arch, "meta")
+    if wrong := mismatches(model, arch, state):
+        raise _wrong(path, f"the {len(model.state_dict())} tensors of encoder {arch}", f"a file that does not match ({wrong})",
+                     command)
     model.load_state_dict({name: value.float() for name, value in state.items()}, strict=True, assign=True)
     return model.requires_grad_(False)
