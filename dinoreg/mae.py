@@ -1,7 +1,7 @@
 """One more frozen encoder, to show what it takes: the vision transformer of a masked auto-encoder.
 
-He et al., "Masked Autoencoders Are Scalable Vision Learners" (arXiv 2111.06377). Only the encoder, and it sees the whole
-image: nothing is masked. The names of its parameters are those of the official checkpoints (``mae_pretrain_vit_*.pth``), trained on
+He et al., "Masked Autoencoders Are Scalable Vision Learners" (arXiv 2111.06377). Only the encoder, which sees the whole image:
+nothing is masked. The names of its parameters are those of the official checkpoints (``mae_pretrain_vit_*.pth``), trained on
 224 px images with ImageNet normalisation (``encoder.imagenet_norm``), a grid of 14 x 14 or 16 x 16 tokens.
 
     registrar = Registrar(config, encoder=load_mae("mae_vitb16", path, sha256))
