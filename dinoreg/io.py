@@ -401,6 +401,22 @@ def write_disp_mha(path: Path, disp: npt.NDArray[np.float32], affine: npt.NDArra
     _write_itk(path, image, compress=False)
 
 
+def write_vectors_nifti(path: Path, vectors: npt.NDArray[np.float32], affine: npt.NDArray[np.float64]) -> None:
+    """Write an image of vectors as ITK does: five dimensions (X, Y, Z, 1, 3), intent "vector".
+
+    (On a full disk, ITK itself leaves half a file without a word.)
+
+    Args:
+        path: .nii.gz or .nii.
+        vectors: (3, i, j, k), in the unit and frame in which they are to be read: ITK takes LPS mm.
+        affine: of the grid, voxel -> RAS mm.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    _write_nifti(path, np.moveaxis(vectors, 0, -1)[..., None, :], affine, intent="vector")
+
+
 def _check_field(path: Path, disp: npt.NDArray[np.float32]) -> None:
     if disp.ndim != 4 or disp.shape[0] != 3 or disp.dtype != np.float32:
         raise ValueError(f"a displacement field is float32 of shape (3, i, j, k); got {disp.dtype} of shape {disp.shape}")
@@ -409,7 +425,7 @@ def _check_field(path: Path, disp: npt.NDArray[np.float32]) -> None:
                                 "are not, so the field is not written; check the intensities of both images")
 
 
-def _write_nifti(path: Path, array: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> None:
+def _write_nifti(path: Path, array: npt.NDArray[Any], affine: npt.NDArray[np.float64], intent: str = "none") -> None:
     with atomic_write(path) as temporary, temporary.open("wb") as raw:
         try:
             image = nib.Nifti1Image(array, affine, dtype=array.dtype)
@@ -420,6 +436,7 @@ def _write_nifti(path: Path, array: npt.NDArray[Any], affine: npt.NDArray[np.flo
         if not np.allclose(image.get_qform(), affine, atol=1e-3):
             image.set_qform(None, code=0)
         image.header.set_xyzt_units("mm")
+        image.header.set_intent(intent)
         if image_suffix(path) == ".nii":
             image.to_stream(raw)
         else:  # neither name nor time in the gzip header: the same array gives the same bytes

@@ -11,7 +11,7 @@ from typing import Any
 
 from dinoreg import completion
 from dinoreg.config import Config
-from dinoreg.errors import DinoRegError, InputError
+from dinoreg.errors import DinoRegError, InputError, OutputError
 from dinoreg.io import check_writable, write_json
 from dinoreg.jobs import Case, Images, load_case
 from dinoreg.report import failure_record, field_metrics, file_record, one_line, run_record, summary_line
@@ -115,6 +115,8 @@ def _run(case: Case, config: Config, register: Register, write: Write, output: P
                 with stage(kind, stages):
                     draw(output / name)
                 files.append(output / name)
+            except OutputError:  # the disk is full, or more will fail: the pair is to be done again
+                raise
             except Exception as error:  # the field is there and good: a picture less is no failure
                 undrawn.append(f"{name} could not be drawn ({one_line(str(error))})")
                 log.warning("%s: %s", case.name, undrawn[-1])

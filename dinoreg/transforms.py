@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -22,7 +23,17 @@ from scipy import ndimage
 from scipy.io import loadmat
 
 from dinoreg.errors import DinoRegError, InputError, OutputError
-from dinoreg.io import LPS_FROM_RAS, MAX_BYTES, atomic_write, image_suffix, itk_reader, set_header, whole_itk_image
+from dinoreg.io import (
+    LPS_FROM_RAS,
+    MAX_BYTES,
+    atomic_write,
+    image_suffix,
+    itk_reader,
+    set_header,
+    whole_itk_image,
+    write_vectors_nifti,
+)
+from dinoreg.itkfile import check_whole, voxel_place
 from dinoreg.slabs import slabs
 from dinoreg.volume import Volume
 
@@ -128,10 +139,16 @@ def write_field_mm(path: Path, disp: Disp, fixed_affine: Matrix) -> None:
     """
     if image_suffix(path) not in FIELD_SUFFIXES:
         raise OutputError(f"{path}: expected a name that ends in {', '.join(FIELD_SUFFIXES)} for a field; choose another")
+    image = _field_image(disp.astype(np.float32, copy=False), fixed_affine)
+    if ".nii" in str(image_suffix(path)):
+        write_vectors_nifti(path, sitk.GetArrayViewFromImage(image).transpose(3, 2, 1, 0), fixed_affine)
+        return
     with atomic_write(path) as temporary:
         try:
-            sitk.WriteImage(_field_image(disp.astype(np.float32, copy=False), fixed_affine), str(temporary), True)
-        except RuntimeError as error:
+            sitk.WriteImage(image, str(temporary), True)
+            # on a full disk, the writer of NRRD does not miss what the last buffer held
+            check_whole(temporary, voxel_place(temporary, str(image_suffix(path))), disp.size * 4)
+        except (RuntimeError, InputError, EOFError, zlib.error) as error:
             raise OutputError(f"{path}: cannot be written ({_reason(error)}); check space and permissions") from error
 
 

@@ -261,16 +261,28 @@ def test_the_same_composite_gives_the_same_bytes_at_another_time(tmp_path: Path)
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
 
 
-def test_a_disk_that_is_full_after_any_byte_leaves_no_half_composite_and_no_crash(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["x.h5", "x.nii", "x.nii.gz", "x.mha", "x.nrrd"])
+def test_a_disk_that_is_full_after_any_byte_leaves_no_half_file_and_no_crash(tmp_path: Path, name: str) -> None:
+    disp = np.random.default_rng(0).normal(size=(3, 10, 10, 10)).astype(np.float32)
+
+    def write() -> None:
+        if name == "x.h5":
+            write_composite(tmp_path / name, disp, np.eye(4), np.eye(4))
+        else:
+            write_field_mm(tmp_path / name, disp, np.eye(4))
+
+    write()
+    whole = (tmp_path / name).stat().st_size
+    (tmp_path / name).unlink()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        for size in (0, 50, 500, 2000, 2500, 9000, 20000, 36000):  # the whole file has 36456 bytes
+        for size in (0, 50, 500, whole // 2, whole - 5000, whole - 100, whole - 1):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-            with pytest.raises(OutputError, match=r"x\.h5: cannot be written"):
-                write_composite(tmp_path / "x.h5", np.zeros((3, 10, 10, 10), np.float32), np.eye(4), np.eye(4))
+            with pytest.raises(OutputError, match=name):
+                write()
+            assert list(tmp_path.iterdir()) == []
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_names_are_refused_for_writing(tmp_path: Path) -> None:
