@@ -138,10 +138,16 @@ def find_job(input_dir: Path, mode: str, split: str, sockets: Mapping[str, str])
 def _learn2reg_case(pair: Pair) -> Case:
     fields = tuple(filter(None, (disp_filename(pair), short_disp_filename(pair))))
     warped, picture = f"warped/warped_{pair.name}.nii.gz", f"qc/{pair.name}.png"
-    return Case(pair.name, pair.fixed, pair.moving, fixed_mask=pair.companion(pair.fixed, "masks"),
-                moving_mask=pair.companion(pair.moving, "masks"), modalities=pair.modalities, fields=fields, warped=warped,
-                picture=picture, same_grid=True, problem=pair.problem, record=f"records/{pair.name}.json",
-                results=(*fields, warped, picture))
+    masks: list[Path | None] = [None, None]
+    problem = pair.problem
+    if problem is None:
+        try:
+            masks = [pair.companion(image, "masks") for image in (pair.fixed, pair.moving)]
+        except InputError as error:
+            problem = str(error)
+    return Case(pair.name, pair.fixed, pair.moving, fixed_mask=masks[0], moving_mask=masks[1], modalities=pair.modalities,
+                fields=fields, warped=warped, picture=picture, same_grid=True, problem=problem,
+                record=f"records/{pair.name}.json", results=(*fields, warped, picture))
 
 
 def load_case(case: Case, expected: tuple[str, str] = ("", "")) -> Images:

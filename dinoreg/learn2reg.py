@@ -34,6 +34,7 @@ class Pair:
     Attributes:
         name: subject and modality of the fixed and of the moving image, such as ``"0011_0001_0011_0000"``.
         fixed, moving: the image files.
+        input_dir: the folder in which every file of the pair lies.
         fixed_id, moving_id: (subject, modality), four digits each.
         modalities: of the fixed and the moving image, in the data set's words; "" where it does not say.
         short_name: also ``disp_<short_name>.nii.gz`` is looked for by the official scorer; None where it is not.
@@ -43,6 +44,7 @@ class Pair:
     name: str
     fixed: Path
     moving: Path
+    input_dir: Path
     fixed_id: tuple[str, str]
     moving_id: tuple[str, str]
     modalities: tuple[str, str] = ("", "")
@@ -55,10 +57,16 @@ class Pair:
         Args:
             image: ``pair.fixed`` or ``pair.moving``.
             kind: "masks" or "labels" (same suffix), "keypoints" or "landmarks" (.csv).
+
+        Raises:
+            InputError: if it leads out of the data set through a symbolic link.
         """
         folder = image.parent.parent / image.parent.name.replace("images", kind, 1)
         name = image.name if kind in ("masks", "labels") else re.sub(r"\.nii(\.gz)?$", ".csv", image.name)
-        return folder / name if folder != image.parent and (folder / name).is_file() else None
+        if folder == image.parent or not folder.is_relative_to(self.input_dir):  # images may lie in the input folder itself
+            return None
+        path = path_inside(self.input_dir, (folder / name).relative_to(self.input_dir))
+        return path if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,7 @@ class Dataset:
                 problems.append(str(error))
         first, second = (self.modalities.get(str(int(modality or -1)), "") for _, modality in ids)
         return Pair(name="_".join((*ids[0], *ids[1])) if all(map(all, ids)) else where, fixed=files[0], moving=files[1],
-                    fixed_id=ids[0], moving_id=ids[1], modalities=(first, second),
+                    input_dir=self.input_dir, fixed_id=ids[0], moving_id=ids[1], modalities=(first, second),
                     problem=f"{self.path.name} {where}: " + "; ".join(problems) if problems else None)
 
 
