@@ -78,9 +78,11 @@ class MindConfig:
 
     radius: int = 1
     dilation: int = 1
+    weight: float = 1.0  # of its squared differences against those of the encoder, where both are taken
 
     def __post_init__(self) -> None:
         _require(0 <= self.radius <= 5 and 1 <= self.dilation <= 5, "mind.radius must be 0..5 and mind.dilation 1..5")
+        _require(0 < self.weight <= 100, f"mind.weight must lie in (0, 100]; got {self.weight}")
 
 
 @dataclass(frozen=True)

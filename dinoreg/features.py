@@ -1,8 +1,8 @@
 """Features of a pair on any lattice: DINOv2, MIND-SSC or both, each family on one scale.
 
 One scalar a family makes two unrelated places differ by a squared distance of 1 on average, so that costs, coupling and
-regularity mean the same for any family. With both, each counts half. Voxels are never normalised one by one: the length of a
-feature vector carries how much there is to see.
+regularity mean the same for any family. With both, each counts half (``mind.weight`` 1). Voxels are never normalised one by one:
+the length of a feature vector carries how much there is to see.
 """
 
 from __future__ import annotations
@@ -45,14 +45,16 @@ class PairFeatures:
     def on(self, lattice: Shape) -> tuple[FeatureVolume, FeatureVolume]:
         """Scaled features and weights of both images on a lattice."""
         fixed, moving, wf, wm = self.images(lattice)
-        families = []
+        families, shares = [], []
         if self.mind is not None:
             families.append(tuple(mind_ssc(image, self.mind.radius, self.mind.dilation) for image in (fixed, moving)))
+            shares.append(self.mind.weight)
         if self.dino is not None:
             # Where there is no body, features fade to zero: a contour is information; no data at all is the weights' business.
             families.append(tuple(found.values * found.weight for found in self.dino.sample(lattice)))
-        share = len(families) ** -0.5
-        scales = [share * unrelated_distance(a, b, wf, wm).rsqrt() for a, b in families]
+            shares.append(1.0)
+        scales = [(share / sum(shares)) ** 0.5 * unrelated_distance(a, b, wf, wm).rsqrt()
+                  for share, (a, b) in zip(shares, families, strict=True)]
         f, m = (torch.cat([family[side] * s for family, s in zip(families, scales, strict=True)]) for side in (0, 1))
         return FeatureVolume(f, wf), FeatureVolume(m, wm)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 
 import numpy as np
@@ -95,11 +96,13 @@ def test_unrelated_places_differ_by_1_whatever_the_features(with_mind: bool, wit
     assert float(unrelated_distance(fixed.features, moving.features, fixed.weight, moving.weight)) == pytest.approx(1, rel=1e-4)
 
 
-def test_with_both_families_each_counts_half() -> None:
-    fixed, moving = pair(with_dino=True).on(LATTICE)
-    for family in (slice(0, 12), slice(12, None)):
+@pytest.mark.parametrize(("weight", "shares"), [(1.0, (0.5, 0.5)), (3.0, (0.75, 0.25))])
+def test_with_both_families_each_counts_half_or_as_its_weight_says(weight: float, shares: tuple[float, float]) -> None:
+    both = dataclasses.replace(pair(with_dino=True), mind=dataclasses.replace(MIND, weight=weight))
+    fixed, moving = both.on(LATTICE)
+    for family, share in zip((slice(0, 12), slice(12, None)), shares, strict=True):
         distance = unrelated_distance(fixed.features[family], moving.features[family], fixed.weight, moving.weight)
-        assert float(distance) == pytest.approx(0.5, rel=1e-4)
+        assert float(distance) == pytest.approx(share, rel=1e-4)
 
 
 def test_a_family_is_scaled_by_one_number_for_both_images() -> None:
