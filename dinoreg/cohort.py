@@ -20,9 +20,11 @@ TABLES = ("results.csv", "results.html")
 _FIELD = ("displacement_mean_mm", "displacement_max_mm", "folds_percent", "sdlogj")
 _SCORES = {"dice_before": ("dice", "before"), "dice_after": ("dice", "after"), "tre_before_mm": ("tre_mm", "before"),
            "tre_after_mm": ("tre_mm", "after")}
-COLUMNS = ("name", "status", *_SCORES, *_FIELD, "seconds", "warnings", "fixed", "moving", "message")
+COLUMNS = ("name", "status", *_SCORES, *_FIELD, "seconds", "warnings", "message", "fixed", "moving")
 _STYLE = """body{font:15px/1.5 sans-serif;margin:2em}table{border-collapse:collapse}
-th,td{border:1px solid #ccc;padding:.2em .6em;text-align:left}.failed{background:#fdd}"""
+th,td{border:1px solid #ccc;padding:.2em .6em;text-align:left}.failed{background:#fdd}
+td:nth-last-child(-n+3){overflow-wrap:anywhere;min-width:12em}
+img{display:block;width:24em;margin:.3em 0;background:#000}"""
 
 
 def read_pairs(path: Path) -> list[dict[str, str]]:
@@ -119,6 +121,10 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(folder: Path, row: Mapping[str, Any], column: str) -> str:
-    text = "" if row[column] is None else escape(str(row[column]))
-    page = f"{row['name']}/report.html"
-    return f'<a href="{escape(page)}">{text}</a>' if column == "name" and (folder / page).exists() else text
+    value = row[column]
+    text = "" if value is None else escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+    page, picture = (f"{row['name']}/{name}" for name in ("report.html", "qc.png"))
+    if column != "name" or not (folder / page).exists():
+        return text
+    seen = f'<img src="{escape(picture)}" alt="" loading="lazy">' if (folder / picture).exists() else ""
+    return f'<a href="{escape(page)}">{text}{seen}</a>'

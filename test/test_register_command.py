@@ -293,7 +293,8 @@ def test_a_pair_that_fails_does_not_stop_the_others_and_the_table_has_all(pair: 
     assert "no such file" in rows[0]["message"] and float(rows[1]["displacement_mean_mm"]) > 1
     assert {path.name for path in (out / "a b").iterdir()} == WRITTEN and report(out / "001")["exit_code"] == 3
     page = (out / "results.html").read_text()
-    assert '<a href="a b/report.html">a b</a>' in page and "2 pairs, 1 failed" in page and '<a href="001' not in page
+    assert '<a href="a b/report.html">a b<img src="a b/qc.png" alt="" loading="lazy"></a>' in page
+    assert "2 pairs, 1 failed" in page and '<a href="001' not in page
 
 
 def test_the_table_of_an_earlier_run_is_gone_when_a_run_begins(pair: tuple[str, str], tmp_path: Path) -> None:
