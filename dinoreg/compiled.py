@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Floats = npt.NDArray[np.float32]
 SLABS = 4  # a thread: the last one to finish keeps the others waiting for less
@@ -93,9 +94,13 @@ def apply_axes(x: Tensor, matrices: Sequence[Tensor | None], out: Tensor | None 
     a, b, c = (_unit(n) if m is None else m for n, m in zip(x.shape[1:], matrices, strict=True))
     shape = (x.shape[0], a.shape[0], b.shape[0], c.shape[0])
     out = x.new_empty(shape) if out is None else out
-    lines = _diagonals(c) if c.shape[0] == c.shape[1] else _band(c)
-    run(kernels().axes, shape[0] * shape[1], max(x.numel(), out.numel()), x.contiguous(), *_band(a), *_band(b), *lines, out)
+    run(kernels().axes, shape[0] * shape[1], max(x.numel(), out.numel()), x.contiguous(), *_band(a), *_band(b), *_along_row(c),
+        out)
     return out
+
+
+def _along_row(matrix: Tensor) -> tuple[npt.NDArray[np.int64], Floats]:
+    return _diagonals(matrix) if matrix.shape[0] == matrix.shape[1] else _band(matrix)
 
 
 def place(sampled: Sequence[int], lattice: Sequence[int]) -> Floats:
@@ -157,3 +162,40 @@ def adam(slope: Tensor, disp: Tensor, first: Tensor, second: Tensor, stretch: Se
     run(kernels().adam, disp.shape[1], disp.numel(), slope, disp, first, second, np.array(stretch, np.float32),
         *(np.float32(x) for x in numbers), bending)
     return float(bending.sum())
+
+
+def _span(matrix: Tensor) -> npt.NDArray[np.int64]:
+    """The rows from and to which each column counts: (columns, 2)."""
+    counts = matrix.numpy() != 0
+    return np.stack([counts.argmax(0), len(counts) - counts[::-1].argmax(0)], 1)
+
+
+def cost_volume(fixed: Tensor, moving: Tensor, fixed_weight: Tensor, moving_weight: Tensor, average: Sequence[Tensor],
+                valid: Tensor, unknown: float, first_axis_fastest: bool = False) -> Tensor:
+    """The cost (n^3, i, j, k) of every candidate, see ``dinoreg.convex.cost_volume``.
+
+    Args:
+        fixed: (c, i', j', k').
+        moving: with half the search range more on either side of each axis.
+        fixed_weight, moving_weight: of these sizes without channels.
+        average: matrices from the fine to the coarse lattice.
+        valid: (i, j, k).
+        unknown: negative for a plain sum over channels, averaged.
+        first_axis_fastest: order of the candidates; otherwise the last axis is the fastest.
+    """
+    a, b, c = average
+    n = moving.shape[1] - fixed.shape[1] + 1
+    channels, longer = (0, 0) * 3 + (0, -len(fixed) % 4), (0, n - 1)
+    out = fixed.new_empty((n**3, *(m.shape[0] for m in average)))
+    features = [pad(x, channels).contiguous().flatten(2) for x in (pad(fixed, longer), moving)]
+    weights = [x.contiguous().flatten(1) for x in (pad(fixed_weight, longer), moving_weight)]
+    run(kernels().cost, n**2, n**3 * fixed.numel(), *features, *weights, moving.shape[3], a.contiguous(), _span(a), *_band(b),
+        *_along_row(c), valid.contiguous(), np.float32(unknown), first_axis_fastest, out)
+    return out
+
+
+def cheapest(costs: Tensor, penalties: Tensor) -> Tensor:
+    """The candidate of each cell that is cheapest with its penalty: (cells,) from (n^3, cells) and (3, n, cells)."""
+    pick = torch.empty(costs.shape[1], dtype=torch.int64)
+    run(kernels().cheapest, -(-len(pick) // 512), costs.numel(), costs.contiguous(), penalties.contiguous(), pick)
+    return pick

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dinoreg import compiled
 from dinoreg.grid import Shape, apply_axes, area_matrix, box_matrix, shape3, warp
 
 COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # published schedule, for a cost of order 1 and distances in coarse cells
@@ -40,8 +41,8 @@ class FeatureVolume:
 
 def candidates(half_width: int) -> Tensor:
     """All displacements up to ``half_width`` cells along each axis: (n, 3) float32, last axis fastest."""
-    steps = range(-half_width, half_width + 1)
-    return torch.tensor(list(itertools.product(steps, steps, steps)), dtype=torch.float32)
+    steps = torch.arange(-half_width, half_width + 1, dtype=torch.float32)
+    return torch.cartesian_prod(steps, steps, steps)
 
 
 def cost_volume(fixed: FeatureVolume, moving: FeatureVolume, half_width: int, coarse: Shape) -> Tensor:
@@ -61,15 +62,17 @@ def cost_volume(fixed: FeatureVolume, moving: FeatureVolume, half_width: int, co
     f, wf = fixed.features, fixed.weight[None]
     m = pad(moving.features[None], (half_width,) * 6, mode="replicate")[0]
     wm = pad(moving.weight[None, None], (half_width,) * 6, mode="replicate")[0]
+    lines = zip((ni, nj, nk), coarse, strict=True)
+    average = [(box_matrix(b, 3, repeats=2)[:, :, None] * area_matrix(a, b)).sum(1) for a, b in lines]  # their products, (b, a)
+    valid = apply_axes(fixed.weight, average)
+    if compiled.usable(f, m):
+        return compiled.cost_volume(f, m, fixed.weight, wm[0], average, valid, UNKNOWN)
     # wf wm |f - m|^2 = (wf |f|^2) wm - 2 (wf f).(wm m) + wf (wm |m|^2): one inner product of augmented channels
     left = torch.cat([wf * f.square().sum(0, keepdim=True), -2 * wf * f, wf])
     right = torch.cat([wm, wm * m, wm * m.square().sum(0, keepdim=True)])
     c = left.shape[0]
     rows_f = left.permute(1, 2, 3, 0).reshape(ni * nj, nk, c).contiguous()
     rows_m = right.permute(1, 2, 0, 3).contiguous()  # (i, j, c, k)
-    lines = zip((ni, nj, nk), coarse, strict=True)
-    average = [(box_matrix(b, 3, repeats=2)[:, :, None] * area_matrix(a, b)).sum(1) for a, b in lines]  # their products, (b, a)
-    valid = apply_axes(fixed.weight, average)
     cost = f.new_empty((n, n, n, *coarse))
     for di, dj in itertools.product(range(n), range(n)):
         row = rows_m[di : di + ni, dj : dj + nj].reshape(ni * nj, c, wide)
@@ -96,11 +99,21 @@ def coupled_convex(cost: Tensor, steps: Tensor) -> Tensor:
     square = steps.square().sum(1)
     disp = steps.new_zeros((3, *shape))
     for beta in (COUPLING[0], *COUPLING):  # the first pass is tied weakly to no motion: it settles cells without any evidence
-        # |d - u|^2 = |d|^2 - 2 d.u + const: one matrix product instead of n differences
-        penalty = torch.addmm(square[:, None], steps, disp.reshape(3, -1), alpha=-2.0)
-        pick = penalty.mul_(beta).add_(flat).argmin(0)
+        if compiled.usable(flat, steps):
+            pick = compiled.cheapest(flat, beta * (lines(steps)[:, :, None] - disp.reshape(3, 1, -1)).square())
+        else:
+            # |d - u|^2 = |d|^2 - 2 d.u + const: one matrix product instead of n differences
+            penalty = torch.addmm(square[:, None], steps, disp.reshape(3, -1), alpha=-2.0)
+            pick = penalty.mul_(beta).add_(flat).argmin(0)
         disp = apply_axes(steps[pick].T.reshape(3, *shape), boxes)
     return disp
+
+
+def lines(steps: Tensor) -> Tensor:
+    """What ``candidates`` go through along each axis, (3, n), from all (n^3, 3) of them."""
+    n = round(len(steps) ** (1 / 3))
+    grid = steps.reshape(n, n, n, 3)
+    return torch.stack([grid[:, 0, 0, 0], grid[0, :, 0, 1], grid[0, 0, :, 2]])
 
 
 def confidence(cost: Tensor, steps: Tensor, disp: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import numpy as np
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 X1, X2, X3, X4 = "f4[::1]", "f4[:,::1]", "f4[:,:,::1]", "f4[:,:,:,::1]"  # float32 arrays in C order of 1 to 4 axes
-I1, F8 = "i8[::1]", "f8[::1]"
+I1, I2, F8 = "i8[::1]", "i8[:,::1]", "f8[::1]"
 
 
 def _writable(folder: Path) -> bool:
@@ -62,6 +62,43 @@ def _translated(*arguments: Any, **options: Any) -> Callable[[Loop], Loop]:
 _settle_cache()
 
 
+@_translated()
+def _along_row(row: Any, start: Any, taps: Any, into: Any) -> None:
+    """A banded matrix along a row, see ``axes``."""
+    n = into.size
+    if start.size == 1:
+        weights = taps[0]
+        for k in range(n):
+            into[k] = weights[k] * row[k]
+        for t in range(1, taps.shape[0]):
+            weights = taps[t]
+            shifted = row[t : t + n]
+            for k in range(n):
+                into[k] += weights[k] * shifted[k]
+    else:
+        for k in range(n):
+            s = np.float32(0)
+            for t in range(taps.shape[1]):
+                s += taps[k, t] * row[start[k] + t]
+            into[k] = s
+
+
+@_translated()
+def _add_rows(rows: Any, start: int, taps: Any, into: Any) -> None:
+    """The sum over t of taps[t] rows[start + t], four rows at a time."""
+    last = taps.size // 4 * 4
+    into[:] = 0
+    for t in range(0, last, 4):
+        a, b, c, d = rows[start + t], rows[start + t + 1], rows[start + t + 2], rows[start + t + 3]
+        wa, wb, wc, wd = taps[t], taps[t + 1], taps[t + 2], taps[t + 3]
+        for n in range(into.size):
+            into[n] += wa * a[n] + wb * b[n] + (wc * c[n] + wd * d[n])
+    for t in range(last, taps.size):
+        a, wa = rows[start + t], taps[t]
+        for n in range(into.size):
+            into[n] += wa * a[n]
+
+
 @_compiled(X4, I1, X2, I1, X2, I1, X2, X4)
 def axes(low: int, high: int, x: Any, start_i: Any, taps_i: Any, start_j: Any, taps_j: Any, start_k: Any, taps_k: Any,
          out: Any) -> None:
@@ -70,10 +107,9 @@ def axes(low: int, high: int, x: Any, start_i: Any, taps_i: Any, start_j: Any, t
     Along k with as many cells out as in, taps_k is (t, o) instead and start_k is -start of the first row: rows are then padded.
     ``low`` and ``high`` count planes (c, i) of ``out``.
     """
-    ni, nj, nk = out.shape[1:]
+    ni, nj = out.shape[1:3]
     mj, mk = x.shape[2:]
-    even = start_k.size == 1
-    margin = start_k[0] if even else 0
+    margin = start_k[0] if start_k.size == 1 else 0
     plane = np.empty((mj, mk), np.float32)
     row = np.zeros(mk + 2 * margin, np.float32)
     for index in range(low, high):
@@ -90,32 +126,8 @@ def axes(low: int, high: int, x: Any, start_i: Any, taps_i: Any, start_j: Any, t
                 for k in range(mk):
                     into[k] += w * source[k]
         for j in range(nj):
-            inner = row[margin : margin + mk]
-            source = plane[start_j[j]]
-            w = taps_j[j, 0]
-            for k in range(mk):
-                inner[k] = w * source[k]
-            for t in range(1, taps_j.shape[1]):
-                source = plane[start_j[j] + t]
-                w = taps_j[j, t]
-                for k in range(mk):
-                    inner[k] += w * source[k]
-            into = out[c, i, j]
-            if even:
-                weights = taps_k[0]
-                for k in range(nk):
-                    into[k] = weights[k] * row[k]
-                for t in range(1, taps_k.shape[0]):
-                    weights = taps_k[t]
-                    shifted = row[t : t + nk]
-                    for k in range(nk):
-                        into[k] += weights[k] * shifted[k]
-            else:
-                for k in range(nk):
-                    s = np.float32(0)
-                    for t in range(taps_k.shape[1]):
-                        s += taps_k[k, t] * row[start_k[k] + t]
-                    into[k] = s
+            _add_rows(plane, start_j[j], taps_j[j], row[margin : margin + mk])
+            _along_row(row, start_k, taps_k, out[c, i, j])
 
 
 @_translated()
@@ -311,3 +323,109 @@ def adam(low: int, high: int, slope: Any, disp: Any, first: Any, second: Any, st
                     m[k] += np.float32(0.1) * (s - m[k])
                     v[k] += np.float32(0.01) * (s * s - v[k])
                     g[k] = -rate * stretch[c] * bias_first * m[k] / (np.sqrt(bias_second * v[k]) + damping)
+
+
+@_compiled(X3, X3, X2, X2, "i8", X2, I2, I1, X2, I1, X2, X3, "f4", "b1", X4)
+def cost(low: int, high: int, fixed: Any, moving: Any, fixed_weight: Any, moving_weight: Any, pitch: int, over_i: Any,
+         span_i: Any, start_j: Any, taps_j: Any, start_k: Any, taps_k: Any, valid: Any, unknown: float, first_axis_fastest: bool,
+         out: Any) -> None:
+    """Part of a cost volume: see ``dinoreg.convex.cost_volume``. ``low`` and ``high`` count the steps along i and j together.
+
+    Features (c, i, j k), c a multiple of 4, the moving ones with half a search range more on either side of each axis. Rows are
+    ``pitch`` long in both, the longer ones' length: so that a step is one distance in memory for a whole plane. ``over_i`` is a
+    (coarse, fine) matrix, ``span_i[i]`` the coarse cells from and to which i counts; along j and k they are as in ``axes``. A
+    negative ``unknown`` leaves the weights out of account: the result is the sum.
+    """
+    channels, ni, size = fixed.shape
+    nj, steps = size // pitch, moving.shape[1] - ni + 1
+    nk = pitch - steps + 1
+    size -= steps - 1  # up to the last cell
+    mi, mj, mk = out.shape[1:]
+    weighted = unknown >= 0
+    margin = start_k[0] if start_k.size == 1 else 0
+    fields = 2 if weighted else 1
+    cells = np.zeros((nj, fields * pitch), np.float32)  # a row of squared differences, a row of overlap
+    squared = np.empty(nj * pitch, np.float32)
+    plane, volume = np.empty((mj, fields * pitch), np.float32), np.empty((steps, mi, mj, fields * pitch), np.float32)
+    plane_flat, volume_flat = plane.reshape(-1), volume.reshape((steps, mi, -1))
+    line, mean, share = np.zeros(nk + 2 * margin, np.float32), np.empty(mk, np.float32), np.empty(mk, np.float32)
+    for pair in range(low, high):
+        di, dj = pair // steps, pair % steps
+        volume[:] = 0
+        for i in range(ni):
+            for dk in range(steps):
+                shift = dj * pitch + dk
+                for c in range(0, channels, 4):
+                    f0, f1, f2, f3 = fixed[c, i], fixed[c + 1, i], fixed[c + 2, i], fixed[c + 3, i]
+                    m0, m1 = moving[c, i + di, shift : shift + size], moving[c + 1, i + di, shift : shift + size]
+                    m2, m3 = moving[c + 2, i + di, shift : shift + size], moving[c + 3, i + di, shift : shift + size]
+                    if c == 0:
+                        squared[:] = 0
+                    for n in range(size):
+                        u, v, w, x = f0[n] - m0[n], f1[n] - m1[n], f2[n] - m2[n], f3[n] - m3[n]
+                        squared[n] += u * u + v * v + (w * w + x * x)
+                for j in range(nj):
+                    into = cells[j]
+                    start = j * pitch
+                    if weighted:
+                        wf, wm = fixed_weight[i, start : start + nk], moving_weight[i + di, start + shift : start + shift + nk]
+                        for n in range(nk):
+                            both = wf[n] * wm[n]
+                            into[n] = both * squared[start + n]
+                            into[pitch + n] = both
+                    else:
+                        into[:nk] = squared[start : start + nk]
+                for o in range(mj):
+                    _add_rows(cells, start_j[o], taps_j[o], plane[o])
+                for o in range(span_i[i, 0], span_i[i, 1]):
+                    weight, into = over_i[o, i], volume_flat[dk, o]
+                    for n in range(plane_flat.size):
+                        into[n] += weight * plane_flat[n]
+        for dk in range(steps):
+            index = (dk * steps + dj) * steps + di if first_axis_fastest else (di * steps + dj) * steps + dk
+            for i in range(mi):
+                for j in range(mj):
+                    line[margin : margin + nk] = volume[dk, i, j, :nk]
+                    _along_row(line, start_k, taps_k, mean)
+                    into = out[index, i, j]
+                    if weighted:
+                        line[margin : margin + nk] = volume[dk, i, j, pitch : pitch + nk]
+                        _along_row(line, start_k, taps_k, share)
+                        known = valid[i, j]
+                        for n in range(mk):
+                            into[n] = (mean[n] + unknown) / (share[n] + unknown) * known[n]
+                    else:
+                        into[:] = mean
+
+
+@_compiled(X2, X3, I1)
+def cheapest(low: int, high: int, costs: Any, penalties: Any, pick: Any) -> None:
+    """The candidate of each cell that is cheapest in cost and penalty together, the first one among equals.
+
+    ``costs`` (n^3, cells), the candidates' last axis fastest; ``penalties`` (3, n, cells), to be added up over the axes; ``pick``
+    (cells,). ``low`` and ``high`` count blocks of 512 cells.
+    """
+    cells, steps = costs.shape[1], penalties.shape[1]
+    block = 512
+    best, two, index = np.empty(block, np.float32), np.empty(block, np.float32), np.empty(block, np.int32)
+    for b in range(low, high):
+        start = b * block
+        width = min(block, cells - start)
+        best[:] = np.inf
+        index[:] = 0
+        for slow in range(steps):
+            p = penalties[0, slow, start : start + width]
+            for middle in range(steps):
+                q = penalties[1, middle, start : start + width]
+                for n in range(width):
+                    two[n] = p[n] + q[n]
+                for fast in range(steps):
+                    candidate = np.int32((slow * steps + middle) * steps + fast)
+                    r, c = penalties[2, fast, start : start + width], costs[candidate, start : start + width]
+                    for n in range(width):
+                        value = c[n] + (two[n] + r[n])
+                        less = value < best[n]
+                        best[n] = value if less else best[n]
+                        index[n] = candidate if less else index[n]
+        for n in range(width):
+            pick[start + n] = index[n]

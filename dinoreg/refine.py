@@ -218,7 +218,7 @@ def refine(similarity: Similarity, disp: Tensor, spacing: Sequence[float], itera
     Raises:
         RegistrationError: if the objective is not finite at the start.
     """
-    h = min(spacing)
+    disp, h = disp.contiguous(), min(spacing)
     stretch = [h / s for s in spacing]
     to_cells = disp.new_tensor(stretch)[:, None, None, None]
     smoother = [gaussian_matrix(n, step_sigma * r) for n, r in zip(shape3(disp), stretch, strict=True)]

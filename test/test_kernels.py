@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dinoreg import compiled
-from dinoreg.convex import FeatureVolume
+from dinoreg.convex import FeatureVolume, candidates, cost_volume, coupled_convex
 from dinoreg.grid import apply_axes, area_matrix, box_matrix, gaussian_matrix, linear_matrix, shape3, warp, warp_slope
 from dinoreg.refine import LNCC, FeatureSSD, MutualInformation, refine
 
@@ -113,11 +113,29 @@ def test_steps_of_adam(shape: tuple[int, int, int]) -> None:
     assert_close(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize(("shape", "coarse"), [((13, 9, 21), (6, 5, 7)), ((9, 8, 10), (9, 8, 10)), ((3, 1, 12), (2, 1, 12))])
+def test_cost_of_every_candidate_and_its_cheapest(shape: tuple[int, int, int], coarse: tuple[int, int, int]) -> None:
+    pair = [volume(smooth(6, *shape, seed=seed, sigma=0.7)) for seed in (5, 6)]
+    doubles = [FeatureVolume(x.features.double(), x.weight.double()) for x in pair]
+    found, expected = cost_volume(*pair, 2, coarse), cost_volume(*doubles, 2, coarse)
+    assert_close(found, expected, 1e-5)
+    steps = candidates(2) * torch.tensor([b / a for a, b in zip(shape, coarse, strict=True)])
+    assert_close(coupled_convex(found, steps), coupled_convex(expected, steps.double()), 1e-3)
+
+
+def test_the_first_of_equal_candidates_is_taken() -> None:
+    costs = torch.ones(27, 700)
+    costs[[4, 20], ::2] = 0
+    assert compiled.cheapest(costs, torch.zeros(3, 3, 700)).tolist() == [4, 0] * 350
+
+
 def results(shape: tuple[int, int, int]) -> list[Tensor]:
     """Of every loop."""
     disp = field(shape)
     out = [warp(smooth(3, *shape), disp), warp_slope(smooth(1, *shape), disp, smooth(1, *shape, seed=2)),
            apply_axes(smooth(2, *shape), [box_matrix(n, 5) for n in shape])]
+    cost = cost_volume(volume(smooth(5, *shape)), volume(smooth(5, *shape, seed=1)), 2, (9, 8, 7))
+    out += [cost, coupled_convex(cost, candidates(2))]
     for term in data_terms(shape, torch.float32).values():
         out += refine(term, disp, (1.0, 1.5, 1.0), 3, rate=0.25, regularity=0.5, step_sigma=1.0, damping=0.01)[:1]
         out += term.gradient(disp)
