@@ -124,11 +124,13 @@ def warp_slope(x: Tensor, disp: Tensor, where: Floats, upstream: Tensor) -> Tens
     return slope
 
 
-def channels_last(features: Tensor) -> Tensor:
-    """Features (c, i, j, k) as (i, j, k, c), with channels of zeros up to a multiple of 8: whole vector registers."""
+def channels_last(features: Tensor, margin: int = 0) -> Tensor:
+    """Features (c, i, j, k) as (i, j, k, c), with channels of zeros up to a multiple of 8, which fill vector registers, and with
+    ``margin`` cells of zeros on either side of each axis."""
     c, *shape = features.shape
-    out = features.new_zeros((*shape, -(-c // 8) * 8))
-    out[..., :c] = features.permute(1, 2, 3, 0)
+    out = features.new_zeros((*(n + 2 * margin for n in shape), -(-c // 8) * 8))
+    i, j, k = (slice(margin, margin + n) for n in shape)
+    out[i, j, k, :c] = features.permute(1, 2, 3, 0)
     return out
 
 

@@ -20,11 +20,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dinoreg import compiled
 from dinoreg.config import PublishedConfig, QuirksConfig
 from dinoreg.convex import COUPLING, candidates
 from dinoreg.errors import InputError, RegistrationError
@@ -56,9 +59,21 @@ def pooling(n: int, size: int, truncated: bool) -> tuple[Tensor, Tensor]:
 
 def sample(x: Tensor, disp: Tensor, quirks: QuirksConfig) -> Tensor:
     """``x(p + disp(p))`` for a volume (c, i, j, k) and a field (3, i, j, k) on one lattice."""
+    if compiled.usable(x, disp):
+        return compiled.warp(pad(x, (1,) * 6) if quirks.zero_border else x, disp, _place(disp, quirks))
     if quirks.short_displacement:  # a step of 2 / (n - 1) in place of 2 / n: what is found comes out (n - 1) / n too short
         disp = disp * disp.new_tensor([n / max(n - 1, 1) for n in shape3(disp)])[:, None, None, None]
     return warp(x, disp, padding="zeros" if quirks.zero_border else "border")
+
+
+def _place(disp: Tensor, quirks: QuirksConfig) -> compiled.Floats:
+    """``sample`` for the compiled loops, in a volume that has a cell of zeros around it where the border is zero."""
+    where = compiled.place(shape3(disp), shape3(disp))
+    if quirks.zero_border:
+        where[:, 1] += 1
+    if quirks.short_displacement:
+        where[:, 2] = [n / max(n - 1, 1) for n in shape3(disp)]
+    return where
 
 
 def cost_volume(fixed: Tensor, moving: Tensor, half_width: int, quirks: QuirksConfig) -> Tensor:
@@ -73,11 +88,14 @@ def cost_volume(fixed: Tensor, moving: Tensor, half_width: int, quirks: QuirksCo
     """
     ni, nj, nk = shape3(fixed)
     wide = pad(moving[None], (half_width,) * 6, mode="constant" if quirks.zero_border else "replicate")[0]
+    boxes = [box_matrix(n, 3, 2, quirks.zero_border) for n in (ni, nj, nk)]
+    if compiled.usable(fixed, moving):
+        return compiled.cost_volume(fixed, wide, fixed[0], wide[0], boxes, fixed[0], -1.0, first_axis_fastest=True)
     steps = range(2 * half_width + 1)
     cost = fixed.new_empty((len(steps) ** 3, ni, nj, nk))
     for out, (dk, dj, di) in zip(cost, itertools.product(steps, steps, steps), strict=True):
         torch.sum((fixed - wide[:, di : di + ni, dj : dj + nj, dk : dk + nk]).square_(), 0, out=out)
-    return apply_axes(cost, [box_matrix(n, 3, 2, quirks.zero_border) for n in (ni, nj, nk)])
+    return apply_axes(cost, boxes)
 
 
 def coupled_convex(cost: Tensor, half_width: int, quirks: QuirksConfig) -> Tensor:
@@ -92,9 +110,13 @@ def coupled_convex(cost: Tensor, half_width: int, quirks: QuirksConfig) -> Tenso
     boxes = [box_matrix(s, 3, zero_border=quirks.zero_border) for s in shape]
     disp = cost.new_zeros((3, *shape))
     for beta in (0.0 if quirks.untied_start else COUPLING[0], *COUPLING):
-        i, j, k = beta * (line - disp.reshape(3, 1, -1)).square()  # each (n, cells): beta |d - u|^2 axis by axis
-        total = cost.reshape(n, n, n, -1) + (i + j[:, None] + k[:, None, None])
-        disp = apply_axes(steps[total.reshape(n**3, -1).argmin(0)].T.reshape(3, *shape), boxes)
+        penalties = beta * (line - disp.reshape(3, 1, -1)).square()  # (3, n, cells): beta |d - u|^2 axis by axis
+        if compiled.usable(cost):
+            pick = compiled.cheapest(cost.flatten(1), penalties.flip(0))
+        else:
+            i, j, k = penalties
+            pick = (cost.reshape(n, n, n, -1) + (i + j[:, None] + k[:, None, None])).reshape(n**3, -1).argmin(0)
+        disp = apply_axes(steps[pick].T.reshape(3, *shape), boxes)
     return disp
 
 
@@ -143,12 +165,14 @@ def refine(fixed: Tensor, moving: Tensor, disp: Tensor, config: PublishedConfig,
     smooth = [box_matrix(n, config.box_width, config.boxes, quirks.zero_border).to(disp.device) for n in shape3(disp)]
     adjoint = [matrix.T.contiguous() for matrix in smooth]
     vectors, first, second = disp.clone(), torch.zeros_like(disp), torch.zeros_like(disp)
+    fast = compiled.usable(fixed, moving, disp)
+    data = _compiled_data(fixed, moving, quirks) if fast else partial(_data, fixed, moving, quirks)
     losses = []
     for t in range(1, config.iterations + 1):
         if time.monotonic() > until:
             break
         before, disp = disp, apply_axes(vectors, smooth)
-        loss, slope = _data(fixed, moving, disp, quirks)
+        loss, slope = data(disp)
         roughness, bend = _diffusion(disp)
         losses.append(loss + config.regularity * roughness)
         if not math.isfinite(losses[-1]):
@@ -165,7 +189,15 @@ def refine(fixed: Tensor, moving: Tensor, disp: Tensor, config: PublishedConfig,
     return disp, losses
 
 
-def _data(fixed: Tensor, moving: Tensor, disp: Tensor, quirks: QuirksConfig) -> tuple[float, Tensor]:
+def _compiled_data(fixed: Tensor, moving: Tensor, quirks: QuirksConfig) -> Callable[[Tensor], tuple[float, Tensor]]:
+    """``_data`` of a pair, which is laid out for it once."""
+    margin = int(quirks.zero_border)
+    f, m = compiled.channels_last(fixed), compiled.channels_last(moving, margin)
+    weights = f.new_full(f.shape[:3], 1 / fixed.numel()), m.new_ones(m.shape[:3])
+    return lambda disp: compiled.ssd(f, m, *weights, disp, _place(disp, quirks))
+
+
+def _data(fixed: Tensor, moving: Tensor, quirks: QuirksConfig, disp: Tensor) -> tuple[float, Tensor]:
     """Mean squared difference over channels and voxels, and its derivative by the field."""
     loss, slope = 0.0, torch.zeros_like(disp)
     for f, m in zip(torch.split(fixed, CHUNK), torch.split(moving, CHUNK), strict=True):

@@ -117,7 +117,7 @@ def test_slope_of_the_energy_is_its_derivative() -> None:
     f, m = (torch.tensor(smooth_noise((7, 8, 9), seed, cells=3, channels=9)) for seed in (1, 2))
     disp, way = (0.4 * torch.randn(3, 7, 8, 9, generator=generator, dtype=torch.float64) for _ in range(2))
     for quirks in (ALL, NONE):
-        for energy in (lambda d, q=quirks: published._data(f, m, d, q), lambda d: published._diffusion(d)):
+        for energy in (lambda d, q=quirks: published._data(f, m, q, d), lambda d: published._diffusion(d)):
             slope = float((energy(disp)[1] * way).sum())
             h = 1e-6  # short of the next corner of the linear interpolation for nearly all voxels
             numeric = (energy(disp + h * way)[0] - energy(disp - h * way)[0]) / (2 * h)
