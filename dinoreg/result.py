@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -73,31 +75,65 @@ class Registration:
             InputError: if the image is none, or cannot be read.
         """
         volume = to_volume(image)
-        matrix = np.linalg.solve(volume.affine, self.fixed_affine)
         fill = min(0.0, float(volume.array.min())) if order else 0
         source = volume.array.astype(np.float32) if order and volume.array.dtype == bool else volume.array
         warped = np.empty(self.disp.shape[1:], dtype=volume.array.dtype)
-        for slab in slabs(warped.shape):
-            points = self.disp[:, slab].astype(np.float64)  # on the fixed grid, voxels
-            for axis, index in enumerate(np.ogrid[slab, : warped.shape[1], : warped.shape[2]]):
-                points[axis] += index
-            where = np.einsum("ab,bijk->aijk", matrix[:3, :3], points) + matrix[:3, 3, None, None, None]
+        for slab, where in self._where(volume):
             values = ndimage.map_coordinates(source, where, output=np.float64 if order else None, order=order, mode="nearest")
             for at, n in zip(where, volume.shape, strict=True):
                 values[~within(at, n)] = fill
             warped[slab] = np.rint(values) if order and np.issubdtype(warped.dtype, np.integer) else values
         return like(image, Volume(warped, self.fixed_affine))
 
-    def warp_labels(self, labels: Volume) -> Volume:
-        """A label map of the moving image's space on the fixed grid, with smoother borders than ``warp(labels, order=0)``: each
-        voxel takes the label with the largest share of its surroundings (of two equal ones, the smaller). The type is kept."""
-        best = np.full(self.disp.shape[1:], -1.0, dtype=np.float32)
-        found = np.zeros(self.disp.shape[1:], dtype=labels.array.dtype)
-        for label in np.unique(labels.array):
-            share = self.warp(Volume((labels.array == label).astype(np.float32), labels.affine)).array.astype(np.float32)
-            found = np.where(share > best, label, found)
-            best = np.maximum(best, share)
-        return Volume(np.where(best > 0, found, 0).astype(labels.array.dtype), self.fixed_affine)
+    def _where(self, volume: Volume) -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:
+        """For each slab of the fixed grid, the voxel coordinates (3, i, j, k) in a volume from which its voxels are taken."""
+        matrix, shape = np.linalg.solve(volume.affine, self.fixed_affine), self.disp.shape[1:]
+        for slab in slabs((shape[0], shape[1], shape[2])):
+            points = self.disp[:, slab].astype(np.float64)  # on the fixed grid, voxels
+            for axis, index in enumerate(np.ogrid[slab, : shape[1], : shape[2]]):
+                points[axis] += index
+            yield slab, np.einsum("ab,bijk->aijk", matrix[:3, :3], points) + matrix[:3, 3, None, None, None]
+
+    @overload
+    def warp_labels(self, labels: Volume) -> Volume: ...
+
+    @overload
+    def warp_labels(self, labels: Image) -> Any: ...
+
+    def warp_labels(self, labels: Image) -> Any:
+        """A label map of the moving image's space on the fixed grid, with smoother borders than ``warp(labels, order=0)``.
+
+        Each voxel takes the label with the largest share of the eight voxels around its place, weighted as for linear
+        interpolation (of two equal ones, the smaller); 0 where the label map has nothing.
+
+        Args:
+            labels: as for :meth:`warp`.
+
+        Returns:
+            As for :meth:`warp`; the type of the values is kept.
+
+        Raises:
+            InputError: if it is none, or cannot be read.
+        """
+        volume = to_volume(labels)
+        found = np.zeros(self.disp.shape[1:], dtype=volume.array.dtype)
+        for slab, where in self._where(volume):
+            lower = np.floor(where)
+            share = [(lower + 1 - where), (where - lower)]  # of the lower and the upper neighbour along each axis
+            corners, weights = [], []
+            for corner in itertools.product((0, 1), repeat=3):
+                index = tuple((lower[axis] + step).clip(0, n - 1).astype(np.intp)
+                              for axis, (step, n) in enumerate(zip(corner, volume.shape, strict=True)))
+                corners.append(volume.array[index])
+                weights.append(share[corner[0]][0] * share[corner[1]][1] * share[corner[2]][2])
+            best = np.zeros(where.shape[1:])
+            for label in corners:
+                total = sum((weight * (other == label) for weight, other in zip(weights, corners, strict=True)), np.zeros(()))
+                better = (total > best) | ((total == best) & (label < found[slab]))
+                best, found[slab] = np.where(better, total, best), np.where(better, label, found[slab])
+            for at, n in zip(where, volume.shape, strict=True):
+                found[slab][~within(at, n)] = 0
+        return like(labels, Volume(found, self.fixed_affine))
 
     def map_points(self, points_ras_mm: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Points of the fixed image to where the same anatomy lies in the moving image.

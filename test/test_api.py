@@ -49,6 +49,36 @@ def test_anatomy_is_found_where_it_is() -> None:
     assert np.median(error) < 0.4 and error.max() < 1.0
 
 
+@pytest.mark.parametrize("kind", ["nibabel", "SimpleITK", "path", "volume"])
+def test_smooth_labels_are_those_of_the_largest_share_and_come_back_as_they_were_given(kind: str, tmp_path: Path) -> None:
+    moving = small_pair()[1]
+    labels = Volume(np.digitize(moving.array, (300, 450, 600)).astype(np.uint8) * 50, moving.affine)
+    warped = result().warp_labels(as_kind(labels, kind, tmp_path))
+    assert kind in ("path", "volume") or type(warped) is type(as_kind(labels, kind, tmp_path))
+    found = to_volume(warped)
+    assert found.array.dtype == np.uint8 and set(np.unique(found.array)) <= {0, 50, 100, 150}
+    names = np.unique(labels.array)
+    shares = np.stack([result().warp(Volume((labels.array == name).astype(np.float64), labels.affine)).array for name in names])
+    second, first = np.sort(shares, axis=0)[-2:]
+    clear = first - second > 1e-6  # what two ways of adding eight numbers leave open
+    assert clear.mean() > 0.95 and np.array_equal(found.array[clear], names[shares.argmax(0)][clear])
+
+
+def test_smooth_labels_are_smoother_than_the_nearest_ones_and_nothing_beyond_the_image() -> None:
+    moving = small_pair()[1]
+    grid = np.indices(moving.shape)
+    ball = Volume((sum((g - n / 2) ** 2 for g, n in zip(grid, moving.shape, strict=True)) < 64).astype(np.int16), moving.affine)
+    smooth, nearest = result().warp_labels(ball).array, result().warp(ball, order=0).array
+
+    def surface(labels: np.ndarray) -> int:
+        return sum(int((np.diff(labels, axis=axis) != 0).sum()) for axis in range(3))
+
+    assert 0 < surface(smooth) < surface(nearest)
+    away = result().fixed_affine.copy()
+    away[0, 3] += 500
+    assert not Registration(result().disp, away).warp_labels(Volume(np.ones(moving.shape, bool), moving.affine)).array.any()
+
+
 def test_points_at_voxels_follow_the_field() -> None:
     fixed, _ = small_pair()
     index = np.array([[5, 6, 7], [12, 13, 11], [20, 3, 15]])
