@@ -39,7 +39,7 @@ from dinoreg.progress import shown
 from dinoreg.registration import Registrar
 from dinoreg.report import failure_record, run_record
 from dinoreg.result import Registration
-from dinoreg.run import run_case
+from dinoreg.run import PairRun
 from dinoreg.signals import leave_at_signals
 from dinoreg.volume import Volume
 
@@ -115,8 +115,9 @@ class DinoReg(Algorithm):
         if idx in self.settled:
             return self.settled[idx]
         log.info("pair %d of %d: %s", idx + 1, len(self.loader.job.cases), case.name)
-        return run_case(case, self.config, lambda case, images: self.predict(input_image=(case, images)), self.write,
-                        output=self._output_path, root=self._input_path, run=self.run(), shared=self.shared)
+        run = PairRun(case, self.config, lambda case, images: self.predict(input_image=(case, images)), self.write,
+                      output=self._output_path, root=self._input_path, run=self.run(), shared=self.shared)
+        return run.read().solve().write()
 
     def write(self, case: Case, images: Images, registration: Registration, warped: Volume | None) -> list[Path]:
         """Write field and images; their files."""

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from dinoreg import __version__
-from dinoreg.commands import check, evaluate, info, invert, jacobian, points, register, warp
+from dinoreg.commands import basis, check, evaluate, info, invert, jacobian, points, register, warp
 from dinoreg.errors import DinoRegError
 from dinoreg.signals import leave_at_signals
 from dinoreg.threads import sleep_while_waiting
 
-COMMANDS = (register, warp, points, jacobian, invert, check, evaluate, info)
+COMMANDS = (register, warp, points, jacobian, invert, check, evaluate, basis, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

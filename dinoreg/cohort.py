@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from dinoreg.errors import InputError
+from dinoreg.errors import ConfigError, InputError
 from dinoreg.io import write_text
 from dinoreg.truth import ROLES
 
@@ -61,43 +62,77 @@ def read_pairs(path: Path) -> list[dict[str, str]]:
         values["name"] = values["name"] or f"{number:03d}"
         rows.append(values)
     names = [row["name"] for row in rows]
-    lower = [name.lower() for name in names]  # some file systems take them for the same
-    bad = [name for name in names if not re.fullmatch(r"[\w][\w. -]*", name) or lower.count(name.lower()) > 1 or name in TABLES]
+    times = Counter(name.lower() for name in names)  # some file systems take them for the same
+    bad = [name for name in names if not re.fullmatch(r"[\w][\w. -]*", name) or times[name.lower()] > 1
+           or re.fullmatch(r"results(-\d+-of-\d+)?\.(csv|html)", name.lower())]
     if not rows or bad:
         raise InputError(f"{path}: expected at least one pair, and names that are different and can be folders (letters, digits, "
                          f"- _ . and spaces); got {', '.join(map(repr, bad)) or 'no pair'}; correct the list")
     return rows
 
 
-def write_tables(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def shard_of(text: str) -> tuple[int, int]:
+    """"3/100" -> (3, 100): the third of a hundred parts of a list.
+
+    Raises:
+        ConfigError: it does not say that.
+    """
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    number, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= number <= parts:
+        raise ConfigError(f"shard: expected I/N with I from 1 to N, such as 3/100; got {text!r}")
+    return number, parts
+
+
+def shard_range(number: int, parts: int, pairs: int) -> range:
+    """The pairs of a part: neighbours, for these mostly share a volume; sizes differ by one at most."""
+    return range((number - 1) * pairs // parts, number * pairs // parts)
+
+
+def table_names(shard: tuple[int, int] | None) -> tuple[str, str]:
+    """Names of the table and of the page of a whole list, or of a part of it."""
+    if shard is None:
+        return TABLES
+    number, parts = shard
+    stem = f"results-{number:0{len(str(parts))}}-of-{parts}"
+    return f"{stem}.csv", f"{stem}.html"
+
+
+def write_tables(folder: Path, rows: Sequence[Mapping[str, Any]], names: tuple[str, str] = TABLES) -> None:
     """Write ``results.csv`` and ``results.html`` with a row a pair; the page leaves out columns that are empty.
 
     Args:
         folder: with the folders of the pairs, to which the page links.
-        records: of :func:`dinoreg.run.run_case`, "fixed" and "moving" added.
+        rows: of :func:`table_row`, in the order of the table.
+        names: of the table and the page.
 
     Raises:
         OutputError: if one cannot be written.
     """
-    rows = [_row(record) for record in records]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / TABLES[0], text.getvalue())
+    write_text(folder / names[0], text.getvalue())
     shown = [column for column in COLUMNS if any(row[column] not in (None, "") for row in rows)]
     head = "".join(f"<th>{escape(column.replace('_', ' '))}</th>" for column in shown)
     lines = [f'<tr class="{row["status"]}">' + "".join(f"<td>{_cell(folder, row, column)}</td>" for column in shown) + "</tr>"
              for row in rows]
     failed = sum(row["status"] == "failed" for row in rows)
-    write_text(folder / TABLES[1], "\n".join([
+    write_text(folder / names[1], "\n".join([
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Registration results</title>'
         f"<style>{_STYLE}</style></head><body>",
         f"<h1>Registration results</h1><p>{len(rows)} pairs, {failed} failed.{_means(rows)}</p>",
         f"<table><thead><tr>{head}</tr></thead><tbody>", *lines, "</tbody></table></body></html>", ""]))
 
 
-def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+def table_row(record: Mapping[str, Any], fixed: Path, moving: Path) -> dict[str, Any]:
+    """The row of a pair.
+
+    Args:
+        record: of :class:`dinoreg.run.PairRun`.
+        fixed, moving: the images, as they are called in the list.
+    """
     error = record.get("error")
     seconds = sum(stage["seconds"] for stage in record.get("stages", {}).values())
     measured = record.get("field", {})
@@ -105,7 +140,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     known = {column: scores.get(kind, {}).get(state) for column, (kind, state) in _SCORES.items()}
     return {"name": record["name"], "status": "failed" if error else "complete", **known,
             **{name: measured.get(name) for name in _FIELD}, "seconds": "" if error else round(seconds, 1),
-            "warnings": len(record.get("warnings", ())), "fixed": record["fixed"], "moving": record["moving"],
+            "warnings": len(record.get("warnings", ())), "fixed": str(fixed), "moving": str(moving),
             "message": error["message"] if error else " | ".join(record["warnings"])}
 
 

@@ -4,6 +4,9 @@ Tokens are projected first (1024 channels become 24) and interpolated after: the
 are linear, for 1/43 of the memory. Interpolation is separable, one small matrix an axis, and goes straight to the lattice; the
 features never exist at the resolution of the volume.
 
+Tokens know where they lie on the grid of the volume that was encoded. A volume of another grid than the lattice's (a moving
+image) is placed by a matrix from the voxels of the one to those of the other.
+
 Only foreground tokens count. Between foreground and background the features are those of the foreground alone, and a weight
 says how much foreground there is: ``features * weight`` is what interpolating zero-filled features would give (the published
 form), ``features`` with ``weight`` as a mask has no artificial edge.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +28,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dinoreg.config import PcaConfig
+from dinoreg.encoding import EncodedVolume
 from dinoreg.grid import Shape, apply_axes, linear_weights, resize_disp, warp
-from dinoreg.pca import Basis, fit_basis, project, token_moments
-from dinoreg.slices import TokenGeometry, TokenGrid
+from dinoreg.pca import Basis, fit_basis
+from dinoreg.slices import TokenGeometry
+from dinoreg.volume import Volume
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,31 +49,50 @@ class LatticeFeatures:
 
 
 @dataclass(frozen=True, eq=False)
+class Placement:
+    """Where a volume lies on another grid.
+
+    Attributes:
+        matrix: 4x4, voxel of the other grid -> voxel of the volume.
+        shape: voxels (i, j, k) of the other grid.
+    """
+
+    matrix: npt.NDArray[np.float64]
+    shape: Shape
+
+
+@dataclass(frozen=True, eq=False)
 class ProjectedGrid:
-    """Projected tokens of one volume; ``features`` (slices, h, w, c) float32 and ``foreground`` (slices, h, w) bool."""
+    """Projected tokens of one volume; ``features`` (slices, h, w, c) float32 and ``foreground`` (slices, h, w) bool.
+
+    ``placed`` says on which grid they are wanted; None: on that of the volume itself.
+    """
 
     features: Tensor
     foreground: Tensor
     geometry: TokenGeometry
+    placed: Placement | None = None
 
     def sample(self, lattice: Shape) -> LatticeFeatures:
-        """Features on a lattice that covers the whole volume.
+        """Features on a lattice that covers the whole volume, or the whole grid on which it is placed.
 
         Cell a of m over an axis of n voxels has its centre at voxel (a + 1/2) n / m - 1/2. Within a cell the linear
-        interpolation of the tokens is averaged over points at most one voxel apart (a single point, the centre, where cells
-        are not larger than voxels), which keeps lattices coarser than the tokens free of aliasing and reproduces linear
-        functions exactly. Within the extent of the tokens the outermost ones are replicated; beyond it the weight is zero.
+        interpolation of the tokens is averaged over points (a single one, the centre, where cells are small), which keeps
+        lattices coarser than the tokens free of aliasing and reproduces linear functions exactly. Within the extent of the tokens
+        the outermost ones are replicated; beyond it the weight is zero.
 
         Args:
             lattice: cells along (i, j, k).
         """
         geometry = self.geometry
-        lines = zip(geometry.positions, geometry.extent, geometry.shape, lattice, strict=True)
-        matrices = [_lattice_matrix(*line) for line in lines]
         order = [geometry.axes.index(axis) for axis in range(3)]
         weight = self.foreground.to(self.features)
-        stacked = torch.cat([self.features * weight[..., None], weight[..., None]], dim=-1)
-        summed = apply_axes(stacked.permute(3, *order), matrices)  # (c + 1, i, j, k)
+        stacked = torch.cat([self.features * weight[..., None], weight[..., None]], dim=-1).permute(3, *order)  # (c + 1, i, j, k)
+        if self.placed is None:
+            lines = zip(geometry.positions, geometry.extent, geometry.shape, lattice, strict=True)
+            summed = apply_axes(stacked, [_lattice_matrix(*line) for line in lines])
+        else:
+            summed = _gathered(stacked, geometry, self.placed, lattice)
         values, weight = summed[:-1], summed[-1]
         return LatticeFeatures(torch.where(weight > 1e-6, values / weight.clamp_min(1e-6), 0.0), weight.clamp(0, 1))
 
@@ -105,23 +130,61 @@ class ProjectedPair:
         return np.asarray(np.rint(255 * np.moveaxis(unit, 1, -1)), dtype=np.uint8)
 
 
-def pair_features(fixed: TokenGrid, moving: TokenGrid, config: PcaConfig, device: torch.device | str = "cpu") -> ProjectedPair:
-    """Joint PCA of the foreground tokens of both volumes, and both volumes projected.
+def pair_features(fixed: EncodedVolume, moving: EncodedVolume, config: PcaConfig, device: torch.device | str = "cpu", *,
+                  basis: Basis | None = None, placed: tuple[Placement | None, Placement | None] = (None, None)) -> ProjectedPair:
+    """Both volumes projected: on the joint principal components of their foreground tokens, or on given ones.
 
     Args:
-        fixed: tokens of the fixed volume.
-        moving: tokens of the moving volume, from the same encoder.
+        fixed, moving: from the same encoder; with moments, or in the given basis already.
         config: number of components, and whether the mean token is subtracted.
         device: where products are computed and where the result lies.
+        basis: in which both volumes are.
+        placed: of each volume on the grid where features are wanted, see :func:`placement`.
 
     Raises:
         RegistrationError: when the foreground tokens are too few or all the same.
     """
-    moments = token_moments(fixed.tokens, fixed.foreground, device) + token_moments(moving.tokens, moving.foreground, device)
-    basis = fit_basis(moments, config.components)
-    first, second = (ProjectedGrid(project(grid.tokens, grid.foreground, basis, config.center, device),
-                                   grid.foreground.to(device), grid.geometry) for grid in (fixed, moving))
+    if basis is None:
+        assert fixed.moments is not None and moving.moments is not None
+        basis = fit_basis(fixed.moments + moving.moments, config.components)
+        fixed, moving = (one.project(basis, config.center, device) for one in (fixed, moving))
+    first, second = (ProjectedGrid(one.grid.tokens.to(device), one.grid.foreground.to(device), one.grid.geometry, where)
+                     for one, where in zip((fixed, moving), placed, strict=True))
     return ProjectedPair(basis, first, second)
+
+
+def placement(volume: Volume, grid: Volume) -> Placement | None:
+    """Where a volume lies on another grid, by both headers; None if that is its own."""
+    matrix = np.asarray(np.linalg.solve(volume.affine, grid.affine), dtype=np.float64)
+    return None if volume.same_grid(grid) else Placement(matrix, grid.shape)
+
+
+def _gathered(tokens: Tensor, geometry: TokenGeometry, placed: Placement, lattice: Shape) -> Tensor:
+    """Means over the cells of a lattice of another grid of tokens (c, i, j, k) in the order of the volume's axes: (c, *lattice).
+
+    The points of a cell are no farther apart than tokens along any axis.
+    """
+    def along(line: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
+        return line.reshape([-1 if axis == n else 1 for n in range(3)])
+
+    matrix, cells = placed.matrix, [n / m for n, m in zip(placed.shape, lattice, strict=True)]  # voxels of the other grid a cell
+    apart = [np.abs(np.diff(at)).min() if len(at) > 1 else np.inf for at in geometry.positions]  # voxels of the volume
+    points = [max(1, math.ceil(max(abs(matrix[a, axis]) * cells[axis] / apart[a] for a in range(3)) - 1e-6)) for axis in range(3)]
+    total: Tensor = tokens.new_zeros((len(tokens), *lattice))
+    for part in np.ndindex(*points):
+        lines = [(np.arange(m) + (number + 0.5) / n) * cell - 0.5
+                 for m, number, n, cell in zip(lattice, part, points, cells, strict=True)]  # voxels of the other grid
+        inside = np.ones(lattice, dtype=bool)
+        disp = np.empty((3, *lattice), dtype=np.float32)
+        for a, (positions, (low, high), m) in enumerate(zip(geometry.positions, geometry.extent, lattice, strict=True)):
+            at = matrix[a, 3] + sum(matrix[a, axis] * along(line, axis) for axis, line in enumerate(lines))  # its voxels
+            inside &= (at >= low) & (at <= high)
+            ascending = np.argsort(positions)
+            index = np.interp(at, positions[ascending], ascending)
+            disp[a] = (index + 0.5) * (m / len(positions)) - 0.5 - along(np.arange(m), a)  # in cells, as ``warp`` wants it
+        total = total + warp(tokens, torch.from_numpy(disp).to(tokens)) * torch.from_numpy(inside).to(tokens)
+    mean: Tensor = total / math.prod(points)
+    return mean
 
 
 def _lattice_matrix(positions: npt.NDArray[np.float64], extent: tuple[float, float], voxels: int, cells: int) -> Tensor:

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -275,7 +276,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: if the file system refuses (no such folder, no permission, no space, read-only).
     """
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".{secrets.randbits(48)}-{path.name}")  # another for each thread, process and machine
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

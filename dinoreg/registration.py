@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,17 @@ import torch
 from torch import Tensor
 
 from dinoreg import published
+from dinoreg.basis import FixedBasis, token_provenance
+from dinoreg.cache import TokenCache
 from dinoreg.config import Config
 from dinoreg.convex import discrete
-from dinoreg.dino import pair_features
-from dinoreg.errors import ConfigError, InputError, RegistrationError
+from dinoreg.dino import ProjectedPair, pair_features, placement
+from dinoreg.encoding import EncodedVolume, encode_volume, encoding_key, upright
+from dinoreg.errors import ConfigError, InputError, OutputError, RegistrationError
 from dinoreg.features import PairFeatures
 from dinoreg.grid import compose, lattice_shape, limited_cell, resize, resize_disp, shape3, unfold
 from dinoreg.initial import checked, folded, undone
+from dinoreg.pca import token_moments
 from dinoreg.preprocess import body_mask, grown, on_grid, to_unit_range, valid_region
 from dinoreg.published_features import encode_pair, slice_masks, voxel_features
 from dinoreg.refine import LNCC, FeatureSSD, MutualInformation, Similarity, Sum, refine
@@ -46,7 +50,8 @@ STILL = 1e-3  # cells; a field that is nowhere longer says that nothing moved: a
 
 
 class Registrar:
-    """Registers pairs with one configuration. Holds the configuration and the encoder's weights, nothing of any pair.
+    """Registers pairs with one configuration. Holds the configuration and the encoder's weights, nothing of any pair: what is
+    kept between pairs is in the cache.
 
     Args:
         config: a preset or one's own.
@@ -57,6 +62,8 @@ class Registrar:
         time_limit: seconds for a pair, from the beginning of ``register``: when they are over, the refinement ends, and the
             result is the best field so far, with a warning. What comes before (features, discrete search) and after (bringing the
             field to the voxels) is always done. Without it, no result depends on the clock.
+        cache: where encoded volumes are kept. With it, or with a basis, each volume is encoded by itself (see ``by_itself``).
+        basis: principal components for all pairs, in place of each pair's own.
 
     Raises:
         ConfigError: unknown device, CUDA asked for where there is none, threads below 1, a time limit that is not positive.
@@ -64,7 +71,8 @@ class Registrar:
     """
 
     def __init__(self, config: Config, weights: Path | None = None, device: str = "auto", threads: int | None = None,
-                 encoder: PatchEncoder | None = None, time_limit: float | None = None) -> None:
+                 encoder: PatchEncoder | None = None, time_limit: float | None = None, *, cache: TokenCache | None = None,
+                 basis: FixedBasis | None = None) -> None:
         if time_limit is not None and not 0 < time_limit < math.inf:
             raise ConfigError(f"the time limit must be a positive number of seconds; got {time_limit}")
         if threads is not None and threads < 1:
@@ -79,20 +87,28 @@ class Registrar:
         self.config = config
         self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         self.time_limit = time_limit
-        self.encoder = encoder
+        self.encoder, self.cache, self.basis = encoder, cache, basis
+        if (cache or basis) and (config.solver == "published" or "dinov2" not in config.features):
+            raise ConfigError("a cache and a basis are for the tokens of DINOv2, each volume by itself: expected features with "
+                              f"dinov2 and a preset other than published; got {config.features}, {config.preset}")
         if encoder is None and "dinov2" in config.features:
             self.encoder = load_encoder(config.encoder.arch, weights, device=self.device)
+        if basis is not None:
+            basis.check(token_provenance(config, self.engine))
         log.info("features %s%s, device %s", config.features,
                  f" ({self._encoder_name()})" if "dinov2" in config.features else "",
                  torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads")
 
     @property
     def engine(self) -> dict[str, Any]:
-        """What results depend on besides configuration and images: "device"; with DINOv2, "encoder" and "encoder_sha256"."""
+        """What results depend on besides configuration and images: "device"; with DINOv2, "encoder" and
+        "encoder_sha256", "encoded" ("by itself" or "in pairs") and "basis_sha256"."""
         device = {"device": str(self.device)}
         if "dinov2" not in self.config.features:
             return device
-        return device | {"encoder": self._encoder_name(), "encoder_sha256": getattr(self.encoder, "sha256", None)}
+        encoder = {"encoder": self._encoder_name(), "encoder_sha256": getattr(self.encoder, "sha256", None)}
+        basis = {"basis_sha256": self.basis.sha256 if self.basis else None}
+        return device | encoder | {"encoded": "by itself" if self.by_itself else "in pairs"} | basis
 
     def _encoder_name(self) -> str:
         return f"{getattr(self.encoder, 'arch', type(self.encoder).__name__)}, {getattr(self.encoder, 'source', 'given')}"
@@ -127,7 +143,11 @@ class Registrar:
             pair, shown, bodies = self._prepare(fixed, moving, fixed_mask, moving_mask, kinds)
         if "dinov2" in self.config.features:
             with stage("encode", stages):
-                pair = self._encode(pair, shown, bodies, fixed.affine)
+                if self.by_itself:
+                    dino, info["volumes_encoded"] = self._encode_each((fixed, moving), (fixed_mask, moving_mask), kinds)
+                else:
+                    dino = self._encode_pair(shown, bodies, fixed.affine)
+                pair = replace(pair, dino=dino)
                 del shown, bodies
         with stage("discrete", stages):
             disp, saturated, clear = self._discrete(pair, fixed.spacing)
@@ -161,9 +181,9 @@ class Registrar:
     def _prepare(self, fixed: Volume, moving: Volume, fixed_mask: Volume | None, moving_mask: Volume | None,
                  kinds: Sequence[str]) -> tuple[PairFeatures, list[Tensor], list[Tensor]]:
         """Both images on the fixed grid, scaled, with their regions; what the encoder sees of them, and the body masks (of both,
-        or nothing where there is no encoder)."""
+        or nothing where there is no encoder, or each volume is encoded by itself)."""
         images, shown, regions, bodies = [], [], [], []
-        encoded, quirks = "dinov2" in self.config.features, self.config.quirks
+        encoded, quirks = "dinov2" in self.config.features and not self.by_itself, self.config.quirks
         for name, image, mask, kind in (("fixed", fixed, fixed_mask, kinds[0]), ("moving", moving, moving_mask, kinds[1])):
             extremes = (float(image.array.min()), float(image.array.max()))
             if not np.isfinite(extremes).all():
@@ -193,17 +213,62 @@ class Registrar:
         mind = self.config.mind if "mind" in self.config.features else None
         return PairFeatures(images[0], images[1], regions[0], regions[1], None, mind), shown, bodies
 
-    def _encode(self, pair: PairFeatures, shown: list[Tensor], bodies: list[Tensor],
-                affine: npt.NDArray[np.float64]) -> PairFeatures:
+    @property
+    def by_itself(self) -> bool:
+        """Whether each volume is encoded on its own grid and in its own window, for any partner; else both on the fixed grid and
+        in one window, at the same scale."""
+        return self.cache is not None or self.basis is not None
+
+    def _encode_pair(self, shown: list[Tensor], bodies: list[Tensor], affine: npt.NDArray[np.float64]) -> ProjectedPair:
         assert self.encoder is not None  # the constructor loads it
         if self.config.solver == "published":
-            projected = encode_pair((shown[0], shown[1]), (bodies[0], bodies[1]), affine, self.encoder, self.config, self.device)
-            return replace(pair, dino=projected)
+            return encode_pair((shown[0], shown[1]), (bodies[0], bodies[1]), affine, self.encoder, self.config, self.device)
         window = bodies[0] | bodies[1]
-        fixed, moving = (volume_tokens(image, body, affine, self.encoder, self.config.encoder, window=window,
-                                       progress=partial(advance, part=half, parts=2))
-                         for half, (image, body) in enumerate(zip(shown, bodies, strict=True)))
-        return replace(pair, dino=pair_features(fixed, moving, self.config.pca, self.device))
+        grids = [volume_tokens(image, body, affine, self.encoder, self.config.encoder, window=window,
+                               progress=partial(advance, part=half, parts=2))
+                 for half, (image, body) in enumerate(zip(shown, bodies, strict=True))]
+        first, second = (EncodedVolume(grid, token_moments(grid.tokens, grid.foreground, self.device)) for grid in grids)
+        return pair_features(first, second, self.config.pca, self.device)
+
+    def _encode_each(self, images: tuple[Volume, Volume], masks: tuple[Volume | None, Volume | None],
+                     kinds: Sequence[str]) -> tuple[ProjectedPair, int]:
+        """Each volume by itself, and how many of them were not in the cache."""
+        (first, new), (second, also_new) = (
+            self.encode(volume, mask, kind, partial(advance, part=half, parts=2))
+            for half, (volume, mask, kind) in enumerate(zip(images, masks, kinds, strict=True)))
+        placed = (placement(upright(images[0]), images[0]), placement(upright(images[1]), images[0]))
+        basis = self.basis.basis if self.basis else None
+        return pair_features(first, second, self.config.pca, self.device, basis=basis, placed=placed), new + also_new
+
+    @torch.no_grad()
+    def encode(self, volume: Volume, mask: Volume | None, modality: str,
+               progress: Callable[[int, int], None] | None = None) -> tuple[EncodedVolume, bool]:
+        """What the encoder sees of a volume, from the cache if it is there, and whether it had to be encoded.
+
+        Args:
+            volume, mask, modality, progress: see :func:`dinoreg.encoding.encode_volume`.
+
+        Raises:
+            ConfigError: the features have no encoder.
+            InputError, RegistrationError: see there.
+        """
+        if self.encoder is None:
+            raise ConfigError(f"features {self.config.features} have no encoder; choose dinov2 or dinov2+mind")
+        key = ""
+        if self.cache is not None:
+            key = encoding_key(volume, mask, modality, self.encoder, self.config,
+                               self.basis.sha256 if self.basis else None)
+            if (kept := self.cache.get(key)) is not None:
+                return kept, False
+        encoded = encode_volume(volume, mask, modality, self.encoder, self.config, device=self.device, progress=progress)
+        if self.basis is not None:
+            encoded = encoded.project(self.basis.basis, self.config.pca.center, self.device)
+        if self.cache is not None:
+            try:
+                self.cache.put(key, encoded)
+            except OutputError as error:  # the result is as good without
+                log.warning("not kept for other pairs: %s", error)
+        return encoded, True
 
     def _discrete(self, pair: PairFeatures, spacing: Sequence[float]) -> tuple[Tensor, float, Tensor | None]:
         """The field on the last level's coarse lattice, the share of the first one's that reaches the edge of the search, and the

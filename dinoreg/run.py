@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ Record = dict[str, Any]
 Write = Callable[[Case, Images, Registration, Volume | None], list[Path]]  # the last but one: the warped image, if asked for
 
 
-def run_case(case: Case, config: Config, register: Register, write: Write, *, output: Path, root: Path | None,
-             run: Mapping[str, Any], shared: Mapping[str, Any]) -> Record:
-    """Read, register and write one case, its own report last.
+class PairRun:
+    """One case in three steps, for others to be done meanwhile: ``read``, ``solve``, ``write``, each once and in this order.
+
+    A failure becomes part of the record; the steps after it do nothing but to write the report.
 
     Args:
         case: what is asked for.
@@ -40,89 +43,137 @@ def run_case(case: Case, config: Config, register: Register, write: Write, *, ou
         root: folder to which the names of the inputs in the record are relative; None: as they were given.
         run: what the report of the case says of the whole run.
         shared: what its results follow from besides its inputs; see :func:`dinoreg.completion.recipe`.
-
-    Returns:
-        The record for the report; with "error" where the case failed.
     """
-    started = time.monotonic()
-    record: Record = {"name": case.name, "modalities": list(case.modalities)}
 
-    def attempt(work: Callable[[], Record]) -> Record:
+    def __init__(self, case: Case, config: Config, register: Register, write: Write, *, output: Path, root: Path | None,
+                 run: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
+        self.case, self.config, self.output, self.root, self.run, self.shared = case, config, output, root, run, shared
+        self._register, self._write = register, write
+        self.stages: dict[str, dict[str, float]] = {}
+        self.record: Record = {"name": case.name, "modalities": list(case.modalities)}
+        self.started = time.monotonic()
+
+    def read(self) -> PairRun:
+        """Read and check the images; returns itself."""
+        self._attempt(self._read_images)
+        return self
+
+    def solve(self) -> PairRun:
+        """Register them; returns itself."""
+        self._attempt(self._solve)
+        return self
+
+    def write(self) -> Record:
+        """Write everything, the report of the case last.
+
+        Returns:
+            The record for the report of a run; with "error" where the case failed.
+        """
+        self._attempt(self._write_results)
+        if not self.case.problem:  # a pair that is listed twice has a problem, and the first one's record is not its own
+            failure = self.record.get("error")
+            self._attempt(self._report, after_failure=True)
+            self.record |= {"error": failure} if failure else {}
+        return self.record
+
+    def _attempt(self, work: Callable[[], None], *, after_failure: bool = False) -> None:
+        if "error" in self.record and not after_failure:
+            return
         try:
-            return work()
+            work()
         except DinoRegError as error:
-            log.error("%s: %s", case.name, one_line(str(error)))
-            return {"error": failure_record(error)}
+            log.error("%s: %s", self.case.name, one_line(str(error)))
+            self.record["error"] = failure_record(error)
         except Exception as error:
-            log.exception("%s: unexpected error", case.name)
-            return {"error": failure_record(error)}
+            log.exception("%s: unexpected error", self.case.name)
+            self.record["error"] = failure_record(error)
 
-    def report() -> Record:
-        write_json(output / case.record, run_record(run, [record], time.monotonic() - started))
-        return {}
+    def _report(self) -> None:
+        write_json(self.output / self.case.record, run_record(self.run, [self.record], time.monotonic() - self.started))
 
-    record |= attempt(lambda: _run(case, config, register, write, output, root, shared))
-    # a pair that is listed twice has a problem, and the first one's record is not its own
-    return record if case.problem else attempt(report) | record
+    def _read_images(self) -> None:
+        case = self.case
+        check_writable((self.output / case.record).parent)  # now, and not after minutes of work
+        with stage("read", self.stages):
+            before = _stamps(case)
+            self.images = load_case(case, self.config.modalities)
+            self.truth = read_truth(case.known, case.space, self.images.fixed, self.images.moving)
+            self.inputs = {role: file_record(path, self.root) for role, path in completion.inputs(case).items()}
+            if _stamps(case) != before:
+                raise InputError(f"{case.fixed}, {case.moving} or what belongs to them was changed while it was read; expected "
+                                 "inputs that stay as they are: start again when they are complete")
+        for warning in self.images.warnings:
+            log.warning("%s: %s", case.name, warning)
+
+    def _solve(self) -> None:
+        self.registration = self._register(self.case, self.images)
+        self.stages |= self.registration.stages
+
+    def _write_results(self) -> None:
+        case, images, registration, stages, output = self.case, self.images, self.registration, self.stages, self.output
+        with stage("write", stages):
+            warped = registration.warp(images.moving) if case.warped else None
+            files = self._write(case, images, registration, warped)
+        with stage("metrics", stages):
+            field, scores = field_metrics(registration.disp, images.fixed.spacing), self.truth.scores(registration)
+        for warning in (found := [*registration.warnings, *worse(scores)]):
+            log.warning("%s: %s", case.name, warning)
+        registration = replace(registration, warnings=[*images.warnings, *found])
+        undrawn: list[str] = []
+        if warped is not None:
+            title = f"{case.name}, preset {self.config.preset}, features {self.config.features}"
+            told = in_words(scores)
+            agreement = "; ".join(f"{name} {before} \N{RIGHTWARDS ARROW} {after}" for name, (before, after) in told.items())
+            summary = "\n".join(filter(None, [agreement, summary_line(field, len(registration.warnings))]))
+
+            def draw_picture(path: Path) -> None:
+                from dinoreg.qc import write_qc  # here, for matplotlib takes its time to load
+
+                write_qc(path, images.fixed, images.moving, warped, registration, title=title, summary=summary)
+
+            def draw_page(path: Path) -> None:
+                from dinoreg.htmlreport import write_html_report
+
+                write_html_report(path, images.fixed, images.moving, warped, registration, title=title,
+                                  names=(case.fixed.name, case.moving.name), scores=told, config=self.config.to_dict())
+
+            for kind, name, draw in (("picture", case.picture, draw_picture), ("page", case.page, draw_page)):
+                if name is None:
+                    continue
+                try:
+                    with stage(kind, stages):
+                        draw(output / name)
+                    files.append(output / name)
+                except OutputError:  # the disk is full, or more will fail: the pair is to be done again
+                    raise
+                except Exception as error:  # the field is there and good: a picture less is no failure
+                    undrawn.append(f"{name} could not be drawn ({one_line(str(error))})")
+                    log.warning("%s: %s", case.name, undrawn[-1])
+        self.record |= {"inputs": self.inputs, "outputs": [file_record(path, output) for path in files], "stages": stages,
+                        "field": field, "scores": scores, "info": registration.info,
+                        "warnings": [*registration.warnings, *undrawn],
+                        "made_from": completion.made_from(case, self.inputs, self.shared)}
 
 
-def _run(case: Case, config: Config, register: Register, write: Write, output: Path, root: Path | None,
-         shared: Mapping[str, Any]) -> Record:
-    stages: dict[str, dict[str, float]] = {}
-    check_writable((output / case.record).parent)  # now, and not after minutes of work
-    with stage("read", stages):
-        before = _stamps(case)
-        images = load_case(case, config.modalities)
-        truth = read_truth(case.known, case.space, images.fixed, images.moving)
-        inputs = {role: file_record(path, root) for role, path in completion.inputs(case).items()}
-        if _stamps(case) != before:
-            raise InputError(f"{case.fixed}, {case.moving} or what belongs to them was changed while it was read; expected "
-                             "inputs that stay as they are: start again when they are complete")
-    for warning in images.warnings:
-        log.warning("%s: %s", case.name, warning)
-    registration = register(case, images)
-    stages |= registration.stages
-    with stage("write", stages):
-        warped = registration.warp(images.moving) if case.warped else None
-        files = write(case, images, registration, warped)
-    with stage("metrics", stages):
-        field, scores = field_metrics(registration.disp, images.fixed.spacing), truth.scores(registration)
-    for warning in (found := [*registration.warnings, *worse(scores)]):
-        log.warning("%s: %s", case.name, warning)
-    registration = replace(registration, warnings=[*images.warnings, *found])
-    undrawn: list[str] = []
-    if warped is not None:
-        title = f"{case.name}, preset {config.preset}, features {config.features}"
-        told = in_words(scores)
-        agreement = "; ".join(f"{name} {before} \N{RIGHTWARDS ARROW} {after}" for name, (before, after) in told.items())
-        summary = "\n".join(filter(None, [agreement, summary_line(field, len(registration.warnings))]))
+def run_overlapped(runs: Iterable[PairRun]) -> Iterator[Record]:
+    """Pairs one after the other, in order; while one is solved, the next one is read and the one before is written.
 
-        def draw_picture(path: Path) -> None:
-            from dinoreg.qc import write_qc  # here, for matplotlib takes its time to load
-
-            write_qc(path, images.fixed, images.moving, warped, registration, title=title, summary=summary)
-
-        def draw_page(path: Path) -> None:
-            from dinoreg.htmlreport import write_html_report
-
-            write_html_report(path, images.fixed, images.moving, warped, registration, title=title,
-                              names=(case.fixed.name, case.moving.name), scores=told, config=config.to_dict())
-
-        for kind, name, draw in (("picture", case.picture, draw_picture), ("page", case.page, draw_page)):
-            if name is None:
-                continue
-            try:
-                with stage(kind, stages):
-                    draw(output / name)
-                files.append(output / name)
-            except OutputError:  # the disk is full, or more will fail: the pair is to be done again
-                raise
-            except Exception as error:  # the field is there and good: a picture less is no failure
-                undrawn.append(f"{name} could not be drawn ({one_line(str(error))})")
-                log.warning("%s: %s", case.name, undrawn[-1])
-    return {"inputs": inputs, "outputs": [file_record(path, output) for path in files], "stages": stages, "field": field,
-            "scores": scores, "info": registration.info, "warnings": [*registration.warnings, *undrawn],
-            "made_from": completion.made_from(case, inputs, shared)}
+    Never more than one pair is in each of the three steps.
+    """
+    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+        reading: Future[PairRun] | None = None
+        writing: Future[Record] | None = None
+        for run in chain(runs, [None]):
+            following = reader.submit(run.read) if run else None
+            if reading is not None:
+                solved = reading.result().solve()
+                if writing is not None:
+                    yield writing.result()
+                writing = writer.submit(solved.write)
+                del solved  # its images are the writer's alone
+            reading = following
+        if writing is not None:
+            yield writing.result()
 
 
 def _stamps(case: Case) -> list[tuple[str, int, int, int]]:

@@ -13,8 +13,10 @@ from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor
 
 from dinoreg.config import EncoderConfig, PcaConfig
-from dinoreg.dino import ProjectedGrid, pair_features
+from dinoreg.dino import Placement, ProjectedGrid, pair_features
+from dinoreg.encoding import EncodedVolume
 from dinoreg.errors import RegistrationError
+from dinoreg.pca import token_moments
 from dinoreg.slices import TokenGeometry, TokenGrid, volume_tokens
 from dinoreg.weights import random_encoder
 
@@ -144,15 +146,19 @@ def test_a_single_slice_and_a_single_token_are_enough() -> None:
     assert torch.allclose(sampled.values, torch.tensor(0.25)) and torch.allclose(sampled.weight, torch.tensor(1.0))
 
 
+def encoded(grid: TokenGrid) -> EncodedVolume:
+    return EncodedVolume(grid, token_moments(grid.tokens, grid.foreground))
+
+
 @cache
-def tokens_of(seed: int, shape: tuple[int, int, int] = (40, 36, 20)) -> TokenGrid:
+def tokens_of(seed: int, shape: tuple[int, int, int] = (40, 36, 20)) -> EncodedVolume:
     generator = torch.Generator().manual_seed(seed)
     smooth = torch.nn.functional.interpolate(torch.rand(1, 1, 8, 8, 5, generator=generator), size=shape, mode="trilinear")[0, 0]
     mask = torch.zeros(shape, dtype=torch.bool)
     mask[4:-4, 3:-3, 2:-2] = True
     encoder = random_encoder("vits14_reg4", 0)
     config = replace(CONFIG, crop=True, gap_mm=15.0, long_side_tokens=12)
-    return volume_tokens(smooth * mask, mask, affine((3.0, 3.0, 3.0)), encoder, config)
+    return encoded(volume_tokens(smooth * mask, mask, affine((3.0, 3.0, 3.0)), encoder, config))
 
 
 def test_pair_goes_from_volumes_to_lattice_in_one_basis() -> None:
@@ -181,7 +187,8 @@ def test_swapping_the_volumes_swaps_the_features() -> None:
 def test_projecting_first_gives_what_interpolating_first_gives() -> None:
     fixed, moving = tokens_of(1), tokens_of(2)
     pair = pair_features(fixed, moving, PcaConfig(components=6))
-    wide = ProjectedGrid(fixed.tokens.float() * fixed.foreground[..., None], fixed.foreground, fixed.geometry).sample((11, 9, 8))
+    grid = fixed.grid
+    wide = ProjectedGrid(grid.tokens.float() * grid.foreground[..., None], grid.foreground, grid.geometry).sample((11, 9, 8))
     late = torch.einsum("cijk,cn->nijk", wide.values.double() - pair.basis.mean[:, None, None, None], pair.basis.components)
     early = pair.fixed.sample((11, 9, 8))
     inside = early.weight > 0
@@ -193,5 +200,53 @@ def test_projecting_first_gives_what_interpolating_first_gives() -> None:
 def test_too_many_components_are_a_clear_error() -> None:
     volume = torch.rand(20, 20, 8)
     grid = volume_tokens(volume, torch.ones_like(volume, dtype=torch.bool), affine((1.0, 1.0, 1.0)), PatchMeans(), CONFIG)
+    one = encoded(grid)
     with pytest.raises(RegistrationError, match="24 components were asked for, but the tokens have 3 channels"):
-        pair_features(grid, grid, PcaConfig(components=24))
+        pair_features(one, one, PcaConfig(components=24))
+
+
+@pytest.mark.parametrize(("shape", "matrix"), GRIDS)
+def test_placing_on_the_same_grid_changes_nothing(shape: tuple[int, int, int], matrix: np.ndarray) -> None:
+    """At the voxels' centres the general way is an oracle of the separable one, and the other way round."""
+    grid = encode(torch.rand(shape, generator=torch.Generator().manual_seed(1)), matrix)
+    plain, placed = grid.sample(shape), replace(grid, placed=Placement(np.eye(4), shape)).sample(shape)
+    # float32: positions up to 40 tokens to 1e-5, times differences of up to 1 a token
+    torch.testing.assert_close(placed.weight, plain.weight, rtol=0, atol=5e-5)
+    torch.testing.assert_close(placed.values, plain.values, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(("shape", "matrix"), GRIDS[1:])
+@pytest.mark.parametrize("cells", [(24, 22, 20), (12, 11, 10)])
+def test_a_blob_of_another_grid_is_found_where_it_is(shape: tuple[int, int, int], matrix: np.ndarray,
+                                                     cells: tuple[int, int, int]) -> None:
+    """Encoded on one grid, wanted on another, turned one: the middle of the blob in mm."""
+    centre_mm = matrix[:3, :3] @ (0.5 * np.array(shape)) + matrix[:3, 3]
+    at = np.einsum("ab,bijk->aijk", matrix[:3, :3], np.indices(shape)) + matrix[:3, 3, None, None, None]
+    blob = torch.from_numpy(np.exp(-((at - centre_mm[:, None, None, None]) ** 2).sum(0) / (2 * 5.0**2)).astype(np.float32))
+    other = affine((2.0, 2.0, 2.0), "LAS", tilt_degrees=20.0)
+    size = (24, 22, 20)
+    other[:3, 3] = centre_mm - other[:3, :3] @ ((np.array(size) - 1) / 2 + (0.3, -0.4, 0.2))  # the blob is near the middle
+    placed = replace(encode(blob, matrix), placed=Placement(np.linalg.solve(matrix, other), size))
+    values = placed.sample(cells).values[0]
+    weights = (values - values.max() / 3).clamp_min(0)  # the middle part, clear of the border of what was encoded
+    cell = np.array(size) / np.array(cells)
+    found = [float((weights.movedim(axis, 0).flatten(1).sum(1) * torch.arange(n)).sum() / weights.sum())
+             for axis, n in enumerate(cells)]
+    found_mm = other[:3, :3] @ ((np.array(found) + 0.5) * cell - 0.5) + other[:3, 3]
+    assert np.linalg.norm(found_mm - centre_mm) < 0.25, found_mm - centre_mm  # slices are 5 mm apart, cells 2 or 4 mm
+
+
+def test_what_lies_outside_the_encoded_volume_has_no_weight() -> None:
+    grid = encode(torch.rand(20, 20, 12), affine((2.0, 2.0, 2.0)))
+    away = np.eye(4)
+    away[0, 3] = 10  # voxel 0 of the other grid is voxel 10 of the volume
+    weight = replace(grid, placed=Placement(away, (20, 20, 12))).sample((20, 20, 12)).weight
+    assert weight[:10].min() > 0.99 and not weight[10:].any()
+
+
+def test_coarse_cells_of_another_grid_average_tokens() -> None:
+    grid = encode(torch.zeros(33, 33, 5), affine((1.0, 1.0, 1.0)), replace(CONFIG, long_side_tokens=33, gap_mm=1.0))
+    rows, cols = torch.meshgrid(torch.arange(33), torch.arange(33), indexing="ij")
+    board = ((rows + cols) % 2 * 2 - 1).float().expand(5, 33, 33)[..., None]
+    coarse = replace(grid, features=board.contiguous(), placed=Placement(np.eye(4), (33, 33, 5))).sample((11, 11, 5))
+    assert coarse.values.abs().max() < 1 / 9 + 1e-4  # float32

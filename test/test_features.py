@@ -14,9 +14,11 @@ from torch import Tensor
 from dinoreg.config import EncoderConfig, MindConfig, PcaConfig
 from dinoreg.convex import FeatureVolume
 from dinoreg.dino import ProjectedPair, pair_features
+from dinoreg.encoding import EncodedVolume
 from dinoreg.features import PairFeatures, unrelated_distance
 from dinoreg.grid import Shape, apply_axes, gaussian_matrix, resize
 from dinoreg.mind import mind_ssc
+from dinoreg.pca import token_moments
 from dinoreg.slices import volume_tokens
 
 SHAPE, LATTICE = (21, 25, 18), (11, 13, 9)
@@ -42,7 +44,8 @@ def dino() -> ProjectedPair:
     body[3:-3, 4:-4] = True
     config = EncoderConfig(long_side_tokens=8, gap_mm=2.0)
     tokens = [volume_tokens(image(seed), body, affine((1.0, 1.0, 1.0)), PatchMeans(), config) for seed in (0, 1)]
-    return pair_features(tokens[0], tokens[1], PcaConfig(components=2))
+    fixed, moving = (EncodedVolume(one, token_moments(one.tokens, one.foreground)) for one in tokens)
+    return pair_features(fixed, moving, PcaConfig(components=2))
 
 
 def pair(*, with_mind: bool = True, with_dino: bool = False) -> PairFeatures:

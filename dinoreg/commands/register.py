@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +18,11 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from dinoreg.jobs import Case, Images
-    from dinoreg.registration import Registrar
-    from dinoreg.result import Registration
-    from dinoreg.volume import Volume
+    from dinoreg.jobs import Case
+    from dinoreg.work import Order
+
+    Cases = list[tuple[Case, Path]]  # each with the folder of its results
+    Record = dict[str, Any]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
                         "towards 1 where one place is clearly best")
     parser.add_argument("--resume", action="store_true", help="leave pairs alone that an earlier run finished, from the same "
                         "images, with the same options")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep what DINOv2 sees of each image there: an image of many "
+                        "pairs is encoded once")
+    parser.add_argument("--cache-size", type=float, default=50.0, metavar="GIB", help="how large it may grow (default: 50)")
+    parser.add_argument("--basis", type=Path, metavar="FILE", help="principal components for all pairs, of `dinoreg basis`, in "
+                        "place of each pair's own; the cache is 30 times smaller then")
+    parser.add_argument("--shard", metavar="I/N", help="with --pairs: only the I-th of N parts of the list, for arrays of jobs")
+    parser.add_argument("--jobs", type=int, metavar="N", help="with --pairs: in N processes, as far as memory allows")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="with --pairs: on the Dask cluster of this scheduler, "
+                        "such as tcp://host:8786")
     parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
     parser.set_defaults(run=run)
 
@@ -69,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.quiet:
         logger.setLevel(logging.WARNING)
     try:
-        with nullcontext() if arguments.quiet else shown():
+        with nullcontext() if arguments.quiet or arguments.pairs else shown():
             _run(arguments)
     finally:
         logger.setLevel(level)
@@ -77,21 +89,26 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from dinoreg.api import chosen_config
-    from dinoreg.cohort import PATHS, TABLES, read_pairs, write_tables
-    from dinoreg.completion import recipe, take_stock
+    from dinoreg.cohort import PATHS, read_pairs, shard_of, shard_range, table_names
     from dinoreg.io import check_writable, remove
-    from dinoreg.registration import Registrar
+    from dinoreg.work import Order
 
     given = any(getattr(arguments, role) for role in PATHS)
     if given if arguments.pairs else arguments.moving is None:
         raise ConfigError("expected either FIXED and MOVING, with what belongs to them, or --pairs CSV; see --help")
+    if alone := [name for name in ("shard", "jobs", "scheduler") if getattr(arguments, name) and not arguments.pairs]:
+        raise ConfigError(f"--{alone[0]}: expected a list of pairs; give one with --pairs, or leave the option out")
+    if arguments.jobs is not None and (arguments.jobs < 1 or arguments.scheduler):
+        raise ConfigError("--jobs: expected a number from 1, and no --scheduler: its cluster has the processes")
     kinds = arguments.modalities.split(",")
     config = chosen_config(arguments.preset, arguments.features, kinds)
     if arguments.confidence and config.solver == "published":
         raise ConfigError("--confidence: the preset published gives none; take another preset, or leave the option out")
+    shard = shard_of(arguments.shard) if arguments.shard else None
     if arguments.pairs:
         rows = [row | {role: str(arguments.pairs.parent / row[role]) for role in PATHS if row[role]}
                 for row in read_pairs(arguments.pairs)]
+        rows = [rows[index] for index in shard_range(*shard, len(rows))] if shard else rows
     else:
         rows = [{role: str(getattr(arguments, role) or "") for role in PATHS}
                 | {"name": f"{arguments.moving.name} onto {arguments.fixed.name}"}]
@@ -99,28 +116,81 @@ def _run(arguments: argparse.Namespace) -> None:
     cases = [(_case(row, (kinds[0], kinds[1]), arguments.space, moved=initial is not None),
               arguments.output / row["name"] if arguments.pairs else arguments.output) for row in rows]
     check_writable(arguments.output)
+    tables = table_names(shard)
     if arguments.pairs:
-        tables = [arguments.output / name for name in TABLES]
-        if arguments.pairs.resolve() in [path.resolve() for path in tables]:
+        paths = [arguments.output / name for name in tables]
+        if arguments.pairs.resolve() in [path.resolve() for path in paths]:
             raise ConfigError(f"{arguments.pairs}: is where the table of results goes; choose another output folder")
-        remove(tables)
-    registrar = Registrar(config, weights=arguments.weights, device=arguments.device, threads=arguments.threads,
-                          time_limit=arguments.time_limit)
-    options = {"confidence": arguments.confidence, "time_limit": arguments.time_limit,
-               "initial": None if initial is None else initial.tolist()}
-    shared = recipe(config, registrar.engine, options)
-    settled = take_stock(cases, shared, resume=arguments.resume,
-                         spare=[Path(name) for name in (arguments.initial_transform, arguments.pairs) if name])
-    records = []
-    for index, (case, folder) in enumerate(cases):
-        if index not in settled:
-            log.info("pair %d of %d: %s", index + 1, len(cases), case.name)
-            settled[index] = _register(registrar, case, initial, folder, arguments.confidence, shared)
-        records.append(settled[index] | {"fixed": str(case.fixed), "moving": str(case.moving)})
+        remove(paths)
+    order = Order(config, weights=arguments.weights, device=arguments.device, threads=arguments.threads,
+                  time_limit=arguments.time_limit, initial=None if initial is None else tuple(map(tuple, initial.tolist())),
+                  confidence=arguments.confidence, cache=arguments.cache, cache_bytes=int(arguments.cache_size * 2**30),
+                  basis=arguments.basis)
+    spare = [Path(name) for name in (arguments.initial_transform, arguments.pairs, arguments.basis) if name]
+    if arguments.scheduler or arguments.jobs:
+        records = _on_cluster(arguments, order, cases, spare)
+    else:
+        records = _here(arguments, order, cases, spare)
+    _finish(arguments, cases, records, tables)
+
+
+def _here(arguments: argparse.Namespace, order: Order, cases: Cases, spare: list[Path]) -> dict[int, Record]:
+    """All pairs in this process."""
+    from dinoreg.completion import take_stock
+    from dinoreg.work import Worker
+
+    worker = Worker(order)
+    settled = take_stock(cases, worker.shared, resume=arguments.resume, spare=spare)
+    rest = [index for index in range(len(cases)) if index not in settled]
+    with _told(arguments, len(rest)) as tell:
+        for index, record in zip(rest, worker.pairs(cases[index] for index in rest), strict=True):
+            settled[index] = record
+            tell(record["name"], "error" in record)
+    return settled
+
+
+def _on_cluster(arguments: argparse.Namespace, order: Order, cases: Cases, spare: list[Path]) -> dict[int, Record]:
+    """All pairs on other processes."""
+    from dinoreg import cluster
+    from dinoreg.completion import take_stock
+
+    paths = {name: path and path.absolute() for name in ("weights", "cache", "basis") for path in [getattr(order, name)]}
+    order = replace(order, **paths)
+    cases = [(cluster.absolute(case), folder.absolute()) for case, folder in cases]
+    if arguments.scheduler:
+        workers = cluster.connected(arguments.scheduler, order)
+    else:
+        jobs = min(cluster.fitting(arguments.jobs, cases), len(cases))
+        threads = order.threads or max(1, (os.cpu_count() or 1) // jobs)
+        workers = cluster.local(jobs, replace(order, threads=threads))
+    with workers as running:
+        shared = running.shared()
+        running.wait_for_others(arguments.output.absolute())
+        settled = take_stock(cases, shared, resume=arguments.resume, spare=spare)
+        rest = {index: case for index, case in enumerate(cases) if index not in settled}
+        with _told(arguments, len(rest)) as tell:
+            for index, record in running.run(rest, shared):
+                settled[index] = record
+                tell(record["name"], "error" in record)
+    return settled
+
+
+def _told(arguments: argparse.Namespace, pairs: int) -> AbstractContextManager[Callable[[str, bool], None]]:
+    """To be told of each pair that is done."""
+    from dinoreg.progress import counted
+
+    return nullcontext(lambda name, failed: None) if arguments.quiet or not arguments.pairs else counted(pairs)
+
+
+def _finish(arguments: argparse.Namespace, cases: Cases, records: Mapping[int, Record], tables: tuple[str, str]) -> None:
+    """Write the tables, and fail with the first failure."""
+    from dinoreg.cohort import table_row, write_tables
+
     if arguments.pairs:
-        write_tables(arguments.output, records)
-        log.info("table: %s", arguments.output / TABLES[1])
-    if failed := [record for record in records if "error" in record]:
+        write_tables(arguments.output, [table_row(records[index], case.fixed, case.moving)
+                                        for index, (case, _) in enumerate(cases)], tables)
+        log.info("table: %s", arguments.output / tables[1])
+    if failed := [records[index] for index in range(len(cases)) if "error" in records[index]]:
         error = failed[0]["error"]
         kind = next((kind for kind in DinoRegError.__subclasses__() if kind.exit_code == error["exit_code"]), DinoRegError)
         of = f"{len(failed)} of {len(records)} pairs failed; {failed[0]['name']}: " if arguments.pairs else ""
@@ -153,19 +223,3 @@ def _case(row: Mapping[str, str], modalities: tuple[str, str], space: str, *, mo
                 warped="warped.nii.gz", picture="qc.png", same_grid=False, page="report.html", moved=moved,
                 known={role: Path(row[role]) for role in ROLES if row[role]}, space=space,
                 results=("report.html", "qc.png", CONFIDENCE, *FILES))
-
-
-def _register(registrar: Registrar, case: Case, initial: npt.NDArray[np.float64] | None, folder: Path,
-              confidence: bool, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """One pair into its folder, the report last; its record."""
-    from dinoreg.run import run_case
-
-    def register(case: Case, images: Images) -> Registration:
-        return registrar.register(images.fixed, images.moving, fixed_mask=images.fixed_mask, moving_mask=images.moving_mask,
-                                  modalities=case.modalities, initial=initial, colours=True)
-
-    def write(case: Case, images: Images, registration: Registration, warped: Volume | None) -> list[Path]:
-        return registration.save(folder, images.moving, warped=warped, confidence=confidence)
-
-    run = {"contract": "register", "preset": registrar.config.preset, "config": registrar.config.to_dict(), "warnings": []}
-    return run_case(case, registrar.config, register, write, output=folder, root=None, run=run, shared=shared)
