@@ -19,7 +19,7 @@ from fuzz_cases import KINDS, DefectError, Kind, files_of  # noqa: E402
 from dinoreg.errors import InputError  # noqa: E402
 
 
-@pytest.mark.parametrize("inputs", [120, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inputs", [120, pytest.param(2000, marks=pytest.mark.slow)])
 def test_damaged_files_end_in_a_clear_error_or_a_sound_result(inputs: int) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "tools/fuzz.py"), "--inputs", str(inputs), "--seed", str(inputs)],
                           capture_output=True, text=True, check=False)
