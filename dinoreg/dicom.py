@@ -8,6 +8,7 @@ gantry), which no grid with a right-angled header can hold.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from dinoreg.errors import InputError
 
 UNEVEN = 0.05  # of the distance of slices: positions are written with one or two decimals of a millimetre
 TILT_MM = 0.5  # of shift from the first to the last slice, beyond which it is not rounding
+
+_IMPLICIT, _OTHER_ORDER = b"1.2.840.10008.1.2", (b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99")  # transfer syntaxes
+_LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")  # lengths of 4 bytes, padded
 
 Array = npt.NDArray[np.float64]
 
@@ -38,6 +42,8 @@ def read_series(folder: Path, limit: int) -> tuple[npt.NDArray[Any], Array]:
         InputError: no DICOM image, several series, files that are no single slices, slices that form no regular volume, or too
             much of it.
     """
+    slices = sorted(path for path in folder.iterdir() if _should_be_a_slice(path))
+    _refuse(folder, [path for path in slices if _ends_early(path)])
     reader = sitk.ImageSeriesReader()
     reader.SetImageIO("GDCMImageIO")
     series = reader.GetGDCMSeriesIDs(str(folder))
@@ -50,9 +56,7 @@ def read_series(folder: Path, limit: int) -> tuple[npt.NDArray[Any], Array]:
         raise InputError(f"{folder}: expected one DICOM series; got {len(series)}: {found}; move each series into a folder "
                          "of its own")
     (files,) = names.values()
-    if damaged := sorted(path.name for path in folder.iterdir() if str(path) not in files and _should_be_a_slice(path)):
-        raise InputError(f"{folder}: {', '.join(damaged[:3])} cannot be read as a slice of the series ({len(damaged)} such "
-                         "files); the file is truncated or damaged: copy or export it again")
+    _refuse(folder, [path for path in slices if str(path) not in files])
     headers = [_header(name) for name in files]
     step = _distance(folder, files, headers)
     declared = len(files) * math.prod(headers[0].GetSize()) * 4  # rescaled values may need 4 bytes
@@ -74,6 +78,41 @@ def _header(name: str) -> sitk.ImageFileReader:
     reader.SetFileName(name)
     reader.ReadImageInformation()
     return reader
+
+
+def _refuse(folder: Path, damaged: Sequence[Path]) -> None:
+    if damaged:
+        raise InputError(f"{folder}: {', '.join(path.name for path in damaged[:3])} cannot be read as a slice of the series "
+                         f"({len(damaged)} such files); the file is truncated or damaged: copy or export it again")
+
+
+def _ends_early(path: Path) -> bool:
+    """Whether an element of a DICOM file says that it is longer than the rest of the file: GDCM takes the memory before it looks.
+
+    What follows a sequence or packed pixels of undefined length is not looked at, nor are files in big-endian or deflated.
+    """
+    size, syntax = path.stat().st_size, b""
+    with path.open("rb") as stream:
+        stream.seek(132)
+        while len(head := stream.read(8)) == 8:
+            group, element = struct.unpack("<HH", head[:4])
+            if group != 2 and syntax in _OTHER_ORDER:
+                return False
+            if group != 2 and syntax == _IMPLICIT:
+                length = int.from_bytes(head[4:], "little")
+            elif head[4:6] in _LONG:
+                length = int.from_bytes(stream.read(4), "little")
+            else:
+                length = int.from_bytes(head[6:], "little")
+            if length == 2**32 - 1:
+                return False
+            if length > size - stream.tell():
+                return True
+            if (group, element) == (2, 0x10):
+                syntax = stream.read(length).rstrip(b"\0 ")
+            else:
+                stream.seek(length, 1)
+    return False
 
 
 def _should_be_a_slice(path: Path) -> bool:

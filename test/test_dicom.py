@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from dinoreg.dicom import _ends_early
 from dinoreg.errors import InputError
 from dinoreg.io import read_volume
 
@@ -110,6 +112,26 @@ def test_a_slice_cut_before_it_says_that_it_is_dicom_is_refused(tmp_path: Path, 
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(InputError, match=r"ct: 99\.dcm cannot be read as a slice"):
         read_volume(folder)
+
+
+@pytest.mark.parametrize("syntax", [b"1.2.840.10008.1.2.1", b"1.2.840.10008.1.2"])
+def test_an_element_that_is_longer_than_its_file_takes_no_memory(tmp_path: Path, syntax: bytes) -> None:
+    folder = write_series(tmp_path / "ct")
+    meta = b"\x02\0\x10\0UI" + (len(syntax) + len(syntax) % 2).to_bytes(2, "little") + syntax + b"\0" * (len(syntax) % 2)
+    pixels = b"\xe0\x7f\x10\0" + (b"OW\0\0" if syntax.endswith(b".1") else b"") + (9 * 10**8).to_bytes(4, "little")
+    (folder / "99.dcm").write_bytes(bytes(128) + b"DICM" + meta + pixels + b"few")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=r"ct: 99\.dcm cannot be read as a slice"):
+        read_volume(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB, of 900 MB
+
+
+@pytest.mark.parametrize("syntax", [b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99"])
+def test_other_byte_orders_are_left_to_gdcm(tmp_path: Path, syntax: bytes) -> None:
+    path = tmp_path / "x.dcm"
+    value = syntax + b"\0" * (len(syntax) % 2)
+    path.write_bytes(bytes(128) + b"DICM\x02\0\x10\0UI" + len(value).to_bytes(2, "little") + value + b"\0" * 6 + b"\xff" * 8)
+    assert not _ends_early(path)
 
 
 def test_a_series_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
