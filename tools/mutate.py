@@ -18,6 +18,7 @@ import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -105,6 +106,7 @@ def main() -> int:
     parser.add_argument("module", nargs="?", type=Path, default=ROOT / "dinoreg" / "grid.py")
     parser.add_argument("tests", nargs="*", default=[str(ROOT / "test" / "test_grid.py")])
     parser.add_argument("--line", type=int, help="mutants of this line alone")
+    parser.add_argument("--sample", type=int, help="only so many of them, drawn at random (seed 0)")
     parser.add_argument("--survivors", type=int, default=0, help="how many may survive (%(default)s)")
     options = parser.parse_args()
     import hypothesis  # noqa: F401  here, and once: a fork has them
@@ -125,12 +127,16 @@ def main() -> int:
         print("the tests fail without any change")
         return 2
     found = [mutant for mutant in mutants(source) if options.line in (None, mutant[0])]
-    alive = 0
-    for line, words, tree in found:
+    everything, alive = len(found), 0
+    if options.sample:
+        found = Random(0).sample(found, min(options.sample, everything))
+    for number, (line, words, tree) in enumerate(found, 1):
         if survives(tree, path, options.tests):
             alive += 1
             print(f"{path.name}:{line}: {words}", flush=True)
-    print(f"{len(found)} mutants of {path.name} in {time.monotonic() - started:.0f} s: {len(found) - alive} noticed "
+        if number % 10 == 0:
+            print(f"{number} tried, {alive} survive", file=sys.stderr, flush=True)
+    print(f"{len(found)} of {everything} mutants of {path.name} in {time.monotonic() - started:.0f} s: {len(found) - alive} seen "
           f"({100 * (len(found) - alive) / max(1, len(found)):.1f} %), {alive} survive")
     return 1 if alive > options.survivors else 0
 
