@@ -1,7 +1,7 @@
 """Write locks/: every package with its version and the sha256 of its files, for Python 3.10 to 3.12.
 
-``python tools/lock.py`` after a change of requirements.txt; needs ``uv`` (``pip install uv``) and a package index, downloads no
-package. Three files, so that a change of a small package leaves the layer with torch alone:
+``python tools/lock.py`` after a change of requirements.txt, and ``tools/licences.py`` after that; needs ``uv`` (by pip) and a
+package index, downloads no package. Three files, so that a change of a small package leaves the layer with torch alone:
 
 - ``packages.txt``: all but torch and CUDA. run.sh, test.sh and the image install it.
 - ``torch-cuda12.txt``: torch and the CUDA libraries of the image.
