@@ -56,7 +56,8 @@ class JobLoader(FileLoader):
 
     def load(self, *, fname: Path) -> list[dict[str, Any]]:
         try:
-            self.job = find_job(fname, self.options.mode, self.options.split, parse_sockets(self.options.sockets))
+            self.job = find_job(fname, self.options.mode, self.options.split, parse_sockets(self.options.sockets),
+                                self.options.initial_transform)
         except OSError as error:
             raise InputError(f"{error.filename or fname}: expected an input that can be read; got: {error.strerror or error}; "
                              "let the user that runs this read it") from error
@@ -103,6 +104,7 @@ class DinoReg(Algorithm):
         self.registrar = self.registrar_factory(self.config, weights=self.options.weights, device=self.options.device,
                                                 threads=self.options.threads, time_limit=self.options.time_limit)
         self.shared = recipe(self.config, self.registrar.engine, {"vector_field": self.options.vector_field,
+                                                                      "initial": self.options.initial_transform,
                                                                       "time_limit": self.options.time_limit})
         cases = [(case, self._output_path) for case in job.cases]
         self.settled = take_stock(cases, self.shared, resume=self.options.resume)
@@ -127,7 +129,8 @@ class DinoReg(Algorithm):
         case, images = input_image
         return self.registrar.register(images.fixed, images.moving, fixed_mask=images.fixed_mask, moving_mask=images.moving_mask,
                                        modalities=[modality(text) for text in case.modalities],
-                                       colours=case.picture is not None)
+                                       colours=case.picture is not None,
+                                       initial=None if case.initial == "none" else case.initial)
 
     def run(self) -> dict[str, Any]:
         """What reports say of the whole run."""
@@ -163,6 +166,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("preset", "auto", f"auto (from data set and modalities), {', '.join(PRESETS)}")
     option("features", None, f"in place of the preset's: {', '.join(FEATURES)}")
     option("weights", None, "folder with the encoder's weights", type=Path)
+    option("initial-transform", "auto", "where to start: auto (the headers, unless the images say clearly that they are far off) "
+           "or none (the headers; in a Learn2Reg data set, the voxels)")
     option("device", "auto", "auto, cpu or cuda")
     option("threads", None, "CPU threads", type=int)
     option("time-limit", None, "seconds for a pair; when they are over, its best field so far is the result", type=float)

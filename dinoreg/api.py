@@ -19,7 +19,7 @@ from dinoreg.stages import Progress, watched
 
 def register(fixed: Image, moving: Image, *, fixed_mask: Image | None = None, moving_mask: Image | None = None,
              preset: str | Config = "auto", features: str | None = None, modalities: Sequence[str] = ("", ""),
-             initial: npt.ArrayLike | None = None, weights: str | Path | None = None, device: str = "auto",
+             initial: npt.ArrayLike | None = "auto", weights: str | Path | None = None, device: str = "auto",
              threads: int | None = None, time_limit: float | None = None, progress: Progress | None = None) -> Registration:
     """Register one pair. For many, make a ``dinoreg.registration.Registrar``, which loads the weights once.
 
@@ -29,7 +29,8 @@ def register(fixed: Image, moving: Image, *, fixed_mask: Image | None = None, mo
         preset: a name of ``dinoreg.config.PRESETS``, "auto" (by the modalities), or a configuration.
         features: "dinov2+mind", "dinov2" or "mind", in place of the preset's; "mind" needs no weights.
         modalities: of fixed and moving image: "CT", "CBCT", "MR" or "" (unknown, or as the preset says).
-        initial: 4x4, RAS mm, fixed point -> moving point: where to start, after the headers.
+        initial: where to start: "auto" (the headers, unless the images say clearly that these are far off: see
+            :mod:`dinoreg.align`), None (the headers), or 4x4, RAS mm, fixed point -> moving point, after the headers.
         weights: folder with the encoder's checkpoint; see ``dinoreg.weights.load_encoder``.
         device: "auto", "cpu" or "cuda".
         threads: CPU threads; all if not given.
@@ -46,13 +47,20 @@ def register(fixed: Image, moving: Image, *, fixed_mask: Image | None = None, mo
     names = {role: str(image) if isinstance(image, str | Path) else role.replace("_", " ") for role, image in given.items()}
     volumes = {role: to_volume(image, names[role]) for role, image in given.items() if image is not None}
     config = chosen_config(preset, features, modalities)
-    images = check_images(volumes, names, (modalities[0], modalities[1]), config.modalities, moved=initial is not None)
+    images = check_images(volumes, names, (modalities[0], modalities[1]), config.modalities, initial=kind_of_start(initial))
     registrar = Registrar(config, weights=Path(weights) if weights else None, device=device, threads=threads,
                           time_limit=time_limit)
     with watched(progress):
         result = registrar.register(images.fixed, images.moving, fixed_mask=images.fixed_mask, moving_mask=images.moving_mask,
                                     modalities=modalities, initial=initial)
     return dataclasses.replace(result, warnings=[*images.warnings, *result.warnings])
+
+
+def kind_of_start(initial: npt.ArrayLike | None) -> str:
+    """"none", "auto" or "given", as the checks of a pair call it (:func:`dinoreg.validate.check_pair`)."""
+    if initial is None:
+        return "none"
+    return "auto" if isinstance(initial, str) and initial == "auto" else "given"
 
 
 def chosen_config(preset: str | Config, features: str | None, modalities: Sequence[str]) -> Config:

@@ -35,7 +35,7 @@ class Case:
             output folder; None where the contract has no place for them.
         same_grid: the contract counts displacements from voxel to voxel of two arrays of one shape, whatever their headers say.
         problem: why the case cannot be done; None if nothing is known against it.
-        moved: an initial transform is applied first, so the headers need not overlap.
+        initial: where registration starts: "none", "auto" or "given", see :func:`dinoreg.validate.check_pair`.
         known: files with labels and points that the result is compared with, by role: see :func:`dinoreg.truth.read_truth`.
         space: of their points, where they are .csv.
         record: name of the report of this case alone, which comes last, relative to the output folder.
@@ -54,7 +54,7 @@ class Case:
     same_grid: bool
     problem: str | None = None
     page: str | None = None
-    moved: bool = False
+    initial: str = "none"
     known: Mapping[str, Path] = field(default_factory=dict)
     space: str = "ras"
     record: str = "report.json"
@@ -105,7 +105,7 @@ def detect_contract(input_dir: Path, sockets: Mapping[str, str]) -> str:
     return "learn2reg" if found_dataset else "single"
 
 
-def find_job(input_dir: Path, mode: str, split: str, sockets: Mapping[str, str]) -> Job:
+def find_job(input_dir: Path, mode: str, split: str, sockets: Mapping[str, str], initial: str = "auto") -> Job:
     """The cases that a folder asks for.
 
     Args:
@@ -113,9 +113,10 @@ def find_job(input_dir: Path, mode: str, split: str, sockets: Mapping[str, str])
         mode: "auto" (see :func:`detect_contract`), "learn2reg" or "single".
         split: of a Learn2Reg data set, see :meth:`dinoreg.learn2reg.Dataset.split`.
         sockets: role -> slug of a single pair, see :func:`dinoreg.grandchallenge.parse_sockets`.
+        initial: of the cases: "auto" or "none".
 
     Raises:
-        ConfigError: for an unknown mode or split.
+        ConfigError: for an unknown mode or split, or another initial transform.
         InputError: if the folder, its JSON or its sockets are not as the contract says.
     """
     if mode not in MODES:
@@ -123,19 +124,22 @@ def find_job(input_dir: Path, mode: str, split: str, sockets: Mapping[str, str])
     if not input_dir.is_dir():
         got = "a file" if input_dir.exists() else "nothing of this name"
         raise InputError(f"{input_dir}: expected the input folder; got {got}; mount or name the folder that holds the images")
+    if initial not in ("auto", "none"):
+        raise ConfigError(f"initial transform {initial!r}: expected auto or none")
     contract = detect_contract(input_dir, sockets) if mode == "auto" else mode
     if contract == "single":
         files = find_single_pair(input_dir, sockets)
         slug = sockets["displacement-field"]
         fields = (f"images/{slug}/{slug}.mha",)
         case = Case("single", files.fixed, files.moving, files.fixed_mask, files.moving_mask, modalities=("", ""), fields=fields,
-                    warped=None, picture=None, same_grid=False, results=fields)
+                    warped=None, picture=None, same_grid=False, initial=initial, results=fields)
         return Job(contract, dataset="", split="", cases=(case,))
     dataset = load_dataset(input_dir)
-    return Job(contract, dataset.name, dataset.split(split), tuple(_learn2reg_case(pair) for pair in dataset.pairs(split)))
+    cases = tuple(_learn2reg_case(pair, initial) for pair in dataset.pairs(split))
+    return Job(contract, dataset.name, dataset.split(split), cases)
 
 
-def _learn2reg_case(pair: Pair) -> Case:
+def _learn2reg_case(pair: Pair, initial: str) -> Case:
     fields = tuple(filter(None, (disp_filename(pair), short_disp_filename(pair))))
     warped, picture = f"warped/warped_{pair.name}.nii.gz", f"qc/{pair.name}.png"
     masks: list[Path | None] = [None, None]
@@ -147,7 +151,7 @@ def _learn2reg_case(pair: Pair) -> Case:
             problem = str(error)
     return Case(pair.name, pair.fixed, pair.moving, fixed_mask=masks[0], moving_mask=masks[1], modalities=pair.modalities,
                 fields=fields, warped=warped, picture=picture, same_grid=True, problem=problem,
-                record=f"records/{pair.name}.json", results=(*fields, warped, picture))
+                initial=initial, record=f"records/{pair.name}.json", results=(*fields, warped, picture))
 
 
 def load_case(case: Case, expected: tuple[str, str] = ("", "")) -> Images:
@@ -183,26 +187,26 @@ def inspect_case(case: Case, expected: tuple[str, str] = ("", "")) -> tuple[dict
     kinds = (modality(case.modalities[0]), modality(case.modalities[1]))
     problems += check_roles(str(case.fixed), str(case.moving), kinds, expected)
     volumes, found = _inspect(volumes, {role: str(path) for role, path in files.items()}, _either(kinds, expected),
-                              same_grid=case.same_grid, moved=case.moved)
+                              same_grid=case.same_grid, initial=case.initial)
     return volumes, [*problems, *found]
 
 
 def check_images(volumes: Mapping[str, Volume], names: Mapping[str, str], given: tuple[str, str] = ("", ""),
-                 expected: tuple[str, str] = ("", ""), *, moved: bool = False) -> Images:
+                 expected: tuple[str, str] = ("", ""), *, initial: str = "none") -> Images:
     """Check the images of a pair that are in memory, one by one and against each other.
 
     Args:
         volumes: by role ("fixed", "moving", "fixed_mask", "moving_mask"), as far as there are any.
         names: what messages call them; paths, if they have one.
         given, expected: modalities of fixed and moving image, by the user and by the preset.
-        moved: as in :class:`Case`.
+        initial: as in :class:`Case`.
 
     Raises:
         InputError: with everything that is wrong with any of them, if they cannot be registered.
     """
     problems = [problem for name in names.values() if Path(name).is_file() for problem in check_header(Path(name))]
     problems += check_roles(names["fixed"], names["moving"], given, expected)
-    checked, found = _inspect(volumes, names, _either(given, expected), same_grid=False, moved=moved)
+    checked, found = _inspect(volumes, names, _either(given, expected), same_grid=False, initial=initial)
     return _images(checked, [*problems, *found])
 
 
@@ -216,12 +220,11 @@ def _images(volumes: Mapping[str, Volume], problems: Sequence[Problem]) -> Image
 
 
 def _inspect(volumes: Mapping[str, Volume], names: Mapping[str, str], kinds: tuple[str, str], *, same_grid: bool,
-             moved: bool) -> tuple[dict[str, Volume], list[Problem]]:
+             initial: str) -> tuple[dict[str, Volume], list[Problem]]:
     """The images by role (on one grid where the contract has one), and what is wrong with them."""
     problems = []
     if "fixed" in volumes and "moving" in volumes:
-        problems += [problem for problem in check_pair(volumes["fixed"], volumes["moving"], same_grid=same_grid)
-                     if not (moved and problem.code in ("no-overlap", "small-overlap"))]
+        problems += check_pair(volumes["fixed"], volumes["moving"], same_grid=same_grid, initial=initial)
         if same_grid:
             volumes = {role: replace(volume, affine=volumes["fixed"].affine) for role, volume in volumes.items()}
     for role, volume in volumes.items():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dinoreg import published
+from dinoreg.align import align
 from dinoreg.basis import FixedBasis, token_provenance
 from dinoreg.cache import TokenCache
 from dinoreg.config import Config
@@ -124,7 +125,9 @@ class Registrar:
             fixed_mask, moving_mask: where the images count, if that is not everywhere; any grid, 0 is outside. They are grown
                 by 3 voxels: a contour is seen by both of its sides.
             modalities: of fixed and moving image ("CT", "CBCT", "MR" or ""), over those of the preset.
-            initial: 4x4, RAS mm, fixed point -> moving point: where to start, after the headers. It becomes part of the field.
+            initial: 4x4, RAS mm, fixed point -> moving point: where to start, after the headers; or "auto": where the images say,
+                if they say clearly that the headers are far off (:mod:`dinoreg.align`; never with the solver "published").
+                It becomes part of the field.
             colours: also give what the encoder saw, as colours, for a report.
 
         Raises:
@@ -135,11 +138,21 @@ class Registrar:
         stages: dict[str, dict[str, float]] = {}
         warnings: list[str] = []
         info: dict[str, Any] = {"features": self.config.features, **self.engine, "threads": torch.get_num_threads()}
+        kinds = [given or own for given, own in zip(modalities, self.config.modalities, strict=True)]
+        if isinstance(initial, str) and initial == "auto":
+            initial = None
+            if self.config.solver != "published":
+                with stage("align", stages):
+                    found = align(fixed, moving, fixed_mask, moving_mask, kinds, self.config.intensity)
+                info["alignment"] = found.to_dict()
+                if found.needed:
+                    initial = found.matrix
+                    warnings.append(f"the moving image was moved before it was registered, {found}; look at the picture, and if "
+                                    "the headers were right, register again with the initial transform none")
         start = np.eye(4) if initial is None else checked(initial)
         if initial is not None:
             moving, moving_mask = undone(moving, start), moving_mask and undone(moving_mask, start)
         with stage("prepare", stages):
-            kinds = [given or own for given, own in zip(modalities, self.config.modalities, strict=True)]
             pair, shown, bodies = self._prepare(fixed, moving, fixed_mask, moving_mask, kinds)
         if "dinov2" in self.config.features:
             with stage("encode", stages):

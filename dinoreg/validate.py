@@ -36,7 +36,8 @@ CODES = {  # what each code means; error unless said otherwise
     "spacing": "warning: a spacing that no scanner of people has",
     "shape-mismatch": "the images of a Learn2Reg pair are not of one shape",
     "affine-mismatch": "warning: the headers of a Learn2Reg pair differ; the pair is taken voxel by voxel, as it is scored",
-    "no-overlap": "by their headers, fixed and moving image have no point in common",
+    "no-overlap": "by their headers, fixed and moving image have no point in common, and they are not to be moved",
+    "apart": "warning: by their headers, the images have nothing in common; where they belong is found from the images",
     "small-overlap": "warning: by their headers, the moving image covers little of the fixed one",
     "mask-mismatch": "a mask is not on the grid of its image",
     "mask-empty": "a mask selects no voxel",
@@ -164,12 +165,14 @@ def check_mask(mask: Volume, volume: Volume, name: str) -> list[Problem]:
     return problems
 
 
-def check_pair(fixed: Volume, moving: Volume, *, same_grid: bool) -> list[Problem]:
+def check_pair(fixed: Volume, moving: Volume, *, same_grid: bool, initial: str = "none") -> list[Problem]:
     """Check two images against each other.
 
     Args:
         fixed, moving: the images.
         same_grid: the contract is Learn2Reg's: displacements lead from voxel to voxel, whatever the headers say.
+        initial: where registration starts: "none" (from the headers), "auto" (from the images, if the headers are far off), or
+            "given" (a transform: the headers need not overlap).
     """
     grids = f"{_grid(fixed)} (fixed) and {_grid(moving)} (moving)"
     if same_grid:
@@ -180,10 +183,15 @@ def check_pair(fixed: Volume, moving: Volume, *, same_grid: bool) -> list[Proble
             return [Problem("affine-mismatch", "warning", f"expected one grid; got {grids}",
                             "the pair is registered voxel by voxel, as it is scored")]
         return []
+    if initial == "given":
+        return []
     covered, back = _overlap(fixed, moving), _overlap(moving, fixed)
+    if max(covered, back) == 0 and initial == "auto":
+        return [Problem("apart", "warning", f"the headers let the images lie apart: {grids}",
+                        "where they belong is found from the images: look at the picture")]
     if max(covered, back) == 0:
         return [Problem("no-overlap", "error", f"expected images that overlap; got {grids}",
-                        "correct the headers or align the images first")]
+                        "correct the headers, or let the images be aligned (initial transform: auto, or a file)")]
     if covered < _SMALL_OVERLAP:
         return [Problem("small-overlap", "warning", f"the moving image covers {100 * covered:.0f} % of the fixed one",
                         "check the headers if both show the same region")]

@@ -24,7 +24,7 @@ class Order:
 
     Attributes:
         config, weights, device, threads, time_limit: see :class:`dinoreg.registration.Registrar`.
-        initial: rows of the affine start of all pairs; None for none.
+        initial: rows of the affine start of all pairs; "auto", or None for none.
         confidence: also write the confidence.
         cache, cache_bytes: folder of encoded volumes, and how large it may grow; None for no cache.
         basis: file of the principal components of all pairs; None for each pair's own.
@@ -35,7 +35,7 @@ class Order:
     device: str = "auto"
     threads: int | None = None
     time_limit: float | None = None
-    initial: tuple[tuple[float, ...], ...] | None = None
+    initial: tuple[tuple[float, ...], ...] | str | None = None
     confidence: bool = False
     cache: Path | None = None
     cache_bytes: int = 0

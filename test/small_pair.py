@@ -6,12 +6,14 @@ import numpy as np
 from fake_encoder import affine
 from scipy import ndimage
 
+from dinoreg.align import Alignment
 from dinoreg.config import Config, DiscreteConfig, RefineConfig
 from dinoreg.volume import Volume
 
 SHIFT_MM = np.array([4.0, -3.0, 2.0])  # RAS, from a point of the fixed image to the same anatomy in the moving one
 QUICK = Config(features="mind", discrete=DiscreteConfig(levels=((12, 2, 3),), consistency_iterations=5),
                refine=RefineConfig(levels=((2, 20), (1, 20)), regularity=0.1))
+UNMOVED = Alignment(np.eye(4), 0.8, 0.8, 0.0, needed=False)  # in place of an estimate, for tests of other things
 _WORLD = ndimage.gaussian_filter(np.random.default_rng(3).standard_normal((96, 96, 96)), 4.0)
 _WORLD = 1000 * (_WORLD - _WORLD.min()) / np.ptp(_WORLD)
 

@@ -21,12 +21,13 @@ import SimpleITK as sitk
 import torch
 from fake_encoder import affine
 from matplotlib.image import imread
-from small_pair import QUICK, SHIFT_MM, scan, small_pair
+from small_pair import QUICK, SHIFT_MM, UNMOVED, scan, small_pair
 from test_dicom import write_series
 from test_truth import FIXED, MOVING, POINTS, halves, write
 
 from dinoreg import htmlreport, qc, registration
 from dinoreg.__main__ import main
+from dinoreg.align import Alignment
 from dinoreg.config import PRESETS, Config, EncoderConfig
 from dinoreg.errors import ConfigError
 from dinoreg.io import read_volume, write_text, write_volume
@@ -42,6 +43,7 @@ WRITTEN = {*FILES, "qc.png", "report.html", "report.json"}
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(registration, "align", lambda *_: UNMOVED)  # a second less
     monkeypatch.setitem(PRESETS, "generic", QUICK)
     monkeypatch.setattr(qc, "write_qc", lambda path, *_, **__: write_text(path, "picture"))  # seconds less
     monkeypatch.setattr(htmlreport, "write_html_report", lambda path, *_, **__: write_text(path, "page"))
@@ -125,10 +127,27 @@ def test_an_initial_transform_brings_images_together_that_do_not_overlap(tmp_pat
     else:
         sitk.WriteTransform(sitk.TranslationTransform(3, (-300.0, 20.0, 10.0)), str(tmp_path / name))  # LPS
     arguments = ["register", str(tmp_path / "fixed.nii.gz"), str(tmp_path / "moving.nii.gz"), "-o", str(tmp_path / "out")]
-    assert main(arguments) == 3
+    assert main([*arguments, "--initial-transform", "none"]) == 3
     assert main([*arguments, "--initial-transform", str(tmp_path / name)]) == 0
     moved = read_transform(tmp_path / "out/transform.h5").points([[0.0, 0.0, 0.0]])[0]
     np.testing.assert_allclose(moved, away[:3, 3] + SHIFT_MM, rtol=0, atol=1.0)  # half a voxel
+
+
+def test_where_images_lie_is_found_and_said_unless_nobody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed, moving = small_pair()
+    away = np.eye(4)
+    away[:3, 3] = (300, -20, 10)
+    monkeypatch.setattr(registration, "align", lambda *_: Alignment(away, 0.0, 0.8, 301.0, needed=True))
+    write_volume(tmp_path / "fixed.nii.gz", fixed)
+    write_volume(tmp_path / "moving.nii.gz", Volume(moving.array, away @ moving.affine))
+    arguments = ["register", str(tmp_path / "fixed.nii.gz"), str(tmp_path / "moving.nii.gz"), "-o", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    moved = read_transform(tmp_path / "out/transform.h5").points([[0.0, 0.0, 0.0]])[0]
+    np.testing.assert_allclose(moved, away[:3, 3] + SHIFT_MM, rtol=0, atol=1.0)  # half a voxel
+    (record,) = report(tmp_path / "out")["pairs"]
+    assert any("[apart]" in text for text in record["warnings"]) and any("by 301 mm" in text for text in record["warnings"])
+    assert record["info"]["alignment"]["matrix"] == away.tolist()
+    assert main([*arguments, "--initial-transform", "none"]) == 3
 
 
 def test_an_initial_transform_that_bends_is_refused_by_name(pair: tuple[str, str], tmp_path: Path) -> None:

@@ -78,6 +78,12 @@ def test_overlap_is_judged_through_the_headers(origin: float, codes: list[tuple[
     assert _codes(check_pair(_volume(), _volume(origin=origin), same_grid=False)) == codes
 
 
+def test_a_start_of_its_own_takes_the_place_of_overlap() -> None:
+    fixed, moving = _volume(), _volume(origin=99.0)
+    assert _codes(check_pair(fixed, moving, same_grid=False, initial="auto")) == [("apart", "warning")]
+    assert _codes(check_pair(fixed, moving, same_grid=False, initial="given")) == []
+
+
 def test_small_image_inside_a_large_one_overlaps() -> None:
     small = Volume(np.arange(8.0).reshape(2, 2, 2), np.diag([0.1, 0.1, 0.1, 1.0]))
     assert "no-overlap" not in dict(_codes(check_pair(_volume(), small, same_grid=False)))
@@ -212,6 +218,7 @@ def test_every_code_in_use_is_documented(tmp_path: Path) -> None:
             *check_pair(_volume(), _volume(array), same_grid=True), *check_pair(_volume(), _volume(origin=1.0), same_grid=True),
             *check_pair(_volume(), _volume(origin=9.0), same_grid=False),
             *check_pair(_volume(), _volume(origin=99.0), same_grid=False),
+            *check_pair(_volume(), _volume(origin=99.0), same_grid=False, initial="auto"),
             *check_mask(_volume(np.zeros(SHAPE), origin=1.0), _volume(), "m")]
     assert {problem.code for problem in used} == set(CODES)
     for problem in used:

@@ -45,8 +45,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
             parser.add_argument(f"--{side}-{kind}", type=Path, metavar="FILE", help=f"{what} of the {side} image: the "
                                 "registration does not look at it, the report says how well both sides agree")
     parser.add_argument("--space", choices=("voxel", "ras", "lps"), default="ras", help="of points in .csv (default: ras, in mm)")
-    parser.add_argument("--initial-transform", metavar="FILE", help="where to start: an affine ITK transform (.tfm, .txt, .mat, "
-                        ".h5) or 4x4 numbers (.txt, RAS mm), from fixed to moving points")
+    parser.add_argument("--initial-transform", default="auto", metavar="auto|none|FILE", help="where to start: auto (default: "
+                        "the headers, unless the images say clearly that these are far off), none (the headers), or an affine "
+                        "ITK transform (.tfm, .txt, .mat, .h5) or 4x4 numbers (.txt, RAS mm), from fixed to moving points")
     parser.add_argument("--preset", default="auto", help="auto (default: by the modalities), or a name that `dinoreg info` lists")
     parser.add_argument("--modalities", default=",", metavar="FIXED,MOVING", help="CT, CBCT, MR or nothing (unknown) each: CT,MR")
     parser.add_argument("--features", help="dinov2+mind, dinov2 or mind, in place of the preset's; mind needs no weights")
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from dinoreg.api import chosen_config
+    from dinoreg.api import chosen_config, kind_of_start
     from dinoreg.cohort import PATHS, read_pairs, shard_of, shard_range, table_names
     from dinoreg.io import check_writable, remove
     from dinoreg.work import Order
@@ -113,7 +114,7 @@ def _run(arguments: argparse.Namespace) -> None:
         rows = [{role: str(getattr(arguments, role) or "") for role in PATHS}
                 | {"name": f"{arguments.moving.name} onto {arguments.fixed.name}"}]
     initial = _initial(arguments.initial_transform)
-    cases = [(_case(row, (kinds[0], kinds[1]), arguments.space, moved=initial is not None),
+    cases = [(_case(row, (kinds[0], kinds[1]), arguments.space, kind_of_start(initial)),
               arguments.output / row["name"] if arguments.pairs else arguments.output) for row in rows]
     check_writable(arguments.output)
     tables = table_names(shard)
@@ -122,11 +123,13 @@ def _run(arguments: argparse.Namespace) -> None:
         if arguments.pairs.resolve() in [path.resolve() for path in paths]:
             raise ConfigError(f"{arguments.pairs}: is where the table of results goes; choose another output folder")
         remove(paths)
+    start = initial if initial is None or isinstance(initial, str) else tuple(map(tuple, initial.tolist()))
     order = Order(config, weights=arguments.weights, device=arguments.device, threads=arguments.threads,
-                  time_limit=arguments.time_limit, initial=None if initial is None else tuple(map(tuple, initial.tolist())),
-                  confidence=arguments.confidence, cache=arguments.cache, cache_bytes=int(arguments.cache_size * 2**30),
-                  basis=arguments.basis)
-    spare = [Path(name) for name in (arguments.initial_transform, arguments.pairs, arguments.basis) if name]
+                  time_limit=arguments.time_limit, initial=start, confidence=arguments.confidence, cache=arguments.cache,
+                  cache_bytes=int(arguments.cache_size * 2**30), basis=arguments.basis)
+    spare = [path for path in (arguments.pairs, arguments.basis) if path]
+    if kind_of_start(initial) == "given":
+        spare.append(Path(arguments.initial_transform))
     if arguments.scheduler or arguments.jobs:
         records = _on_cluster(arguments, order, cases, spare)
     else:
@@ -199,10 +202,10 @@ def _finish(arguments: argparse.Namespace, cases: Cases, records: Mapping[int, R
         sys.stdout.write(f"{arguments.output}\n")
 
 
-def _initial(name: str | None) -> npt.NDArray[np.float64] | None:
-    """Where to start, 4x4, RAS mm."""
-    if name is None:
-        return None
+def _initial(name: str) -> npt.NDArray[np.float64] | str | None:
+    """Where to start: 4x4 in RAS mm, "auto", or None for the headers."""
+    if name in ("auto", "none"):
+        return None if name == "none" else name
     from dinoreg.errors import InputError
     from dinoreg.transforms import read_transform
 
@@ -213,13 +216,13 @@ def _initial(name: str | None) -> npt.NDArray[np.float64] | None:
         raise InputError(f"{name}: {error}") from error
 
 
-def _case(row: Mapping[str, str], modalities: tuple[str, str], space: str, *, moved: bool) -> Case:
+def _case(row: Mapping[str, str], modalities: tuple[str, str], space: str, initial: str) -> Case:
     from dinoreg.jobs import Case
     from dinoreg.result import CONFIDENCE, FILES
     from dinoreg.truth import ROLES
 
     masks = [Path(row[role]) if row[role] else None for role in ("fixed_mask", "moving_mask")]
     return Case(row["name"], Path(row["fixed"]), Path(row["moving"]), masks[0], masks[1], modalities=modalities, fields=(),
-                warped="warped.nii.gz", picture="qc.png", same_grid=False, page="report.html", moved=moved,
+                warped="warped.nii.gz", picture="qc.png", same_grid=False, page="report.html", initial=initial,
                 known={role: Path(row[role]) for role in ROLES if row[role]}, space=space,
                 results=("report.html", "qc.png", CONFIDENCE, *FILES))
