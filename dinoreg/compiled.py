@@ -152,18 +152,26 @@ def correlation(means: Tensor, fixed_mean: Tensor, fixed_var: Tensor, fixed_weig
     return float(loss.sum())
 
 
-def adam(slope: Tensor, disp: Tensor, first: Tensor, second: Tensor, stretch: Sequence[float], regularity: float, rate: float,
-         damping: float, t: int) -> float:
-    """The t-th step, in place of ``slope``, before it is smoothed: see ``dinoreg.refine.refine``.
+def bend(slope: Tensor, disp: Tensor, scale: Sequence[float], weights: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Add the slope of a diffusion energy to ``scale`` times the given one, in place: see ``dinoreg.kernels.bend``.
 
     Returns:
-        The field's bending: minus the sum over cells of the field times its Laplacian, both in units of h.
+        For each component, the sum over cells of the field times its second derivatives, weighted.
     """
-    bending = np.empty(disp.shape[1])
-    numbers = (regularity, rate, 1 / (1 - 0.9**t), 1 / (1 - 0.99**t), damping)
-    run(kernels().adam, disp.shape[1], disp.numel(), slope, disp, first, second, np.array(stretch, np.float32),
-        *(np.float32(x) for x in numbers), bending)
-    return float(bending.sum())
+    energy = np.empty((disp.shape[1], 3))
+    numbers = [np.array(x, np.float32) for x in (scale, weights)]
+    run(kernels().bend, disp.shape[1], disp.numel(), slope, disp, *numbers, energy)
+    sums: npt.NDArray[np.float64] = energy.sum(0)
+    return sums
+
+
+def adam(slope: Tensor, first: Tensor, second: Tensor, t: int, betas: tuple[float, float], rate: Sequence[float],
+         damping: float) -> None:
+    """The t-th step of Adam, in place of the slope, and its moments."""
+    one, two = betas
+    rates = np.array(rate, np.float32) / np.float32(1 - one**t)
+    run(kernels().adam, slope.shape[1], slope.numel(), slope, first, second, np.float32(1 - one), np.float32(1 - two), rates,
+        np.float32(1 / (1 - two**t)), np.float32(damping))
 
 
 def _span(matrix: Tensor) -> npt.NDArray[np.int64]:

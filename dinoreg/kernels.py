@@ -24,7 +24,7 @@ import numpy as np
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 X1, X2, X3, X4 = "f4[::1]", "f4[:,::1]", "f4[:,:,::1]", "f4[:,:,:,::1]"  # float32 arrays in C order of 1 to 4 axes
-I1, I2, F8 = "i8[::1]", "i8[:,::1]", "f8[::1]"
+I1, I2, F8, F82 = "i8[::1]", "i8[:,::1]", "f8[::1]", "f8[:,::1]"
 
 
 def _writable(folder: Path) -> bool:
@@ -287,42 +287,51 @@ def correlation(low: int, high: int, means: Any, fixed_mean: Any, fixed_var: Any
         loss[i] = sum_plane
 
 
-@_compiled(X4, X4, X4, X4, X1, "f4", "f4", "f4", "f4", "f4", F8)
-def adam(low: int, high: int, slope: Any, disp: Any, first: Any, second: Any, stretch: Any, regularity: float, rate: float,
-         bias_first: float, bias_second: float, damping: float, bending: Any) -> None:
-    """One step of Adam, in place of the slope (3, i, j, k): see ``dinoreg.refine.refine``.
+@_compiled(X4, X4, X1, X2, F82)
+def bend(low: int, high: int, slope: Any, disp: Any, scale: Any, weights: Any, energy: Any) -> None:
+    """Add the slope of the diffusion energy, in place: slope[c] becomes scale[c] slope[c] less the sum over the axes a of
+    weights[c, a] times the second derivative of disp[c] along a.
 
-    ``bending`` (i,) gets, of each plane, minus the sum of the field times its Laplacian.
+    Neighbours beyond the border are the border's. ``energy`` (i, 3) gets the sum over each plane of disp[c] times what is taken
+    from slope[c]: minus twice the energy.
     """
     ni, nj, nk = disp.shape[1:]
-    bend = np.empty(nk, np.float32)
-    along = stretch * stretch
+    change = np.empty(nk, np.float32)
     for i in range(low, high):
-        bending[i] = 0
         for c in range(3):
-            weight = regularity / stretch[c]
+            line = 0.0
+            wi, wj, wk = weights[c, 0], weights[c, 1], weights[c, 2]
             for j in range(nj):
                 x, g = disp[c, i, j], slope[c, i, j]
                 above, below = disp[c, max(i - 1, 0), j], disp[c, min(i + 1, ni - 1), j]
                 left, right = disp[c, i, max(j - 1, 0)], disp[c, i, min(j + 1, nj - 1)]
                 for k in range(nk):
                     two = np.float32(2) * x[k]
-                    bend[k] = along[0] * (above[k] + below[k] - two) + along[1] * (left[k] + right[k] - two)
+                    change[k] = wi * (above[k] + below[k] - two) + wj * (left[k] + right[k] - two)
                 for k in range(1, nk - 1):
-                    bend[k] += along[2] * (x[k - 1] + x[k + 1] - np.float32(2) * x[k])
+                    change[k] += wk * (x[k - 1] + x[k + 1] - np.float32(2) * x[k])
                 if nk > 1:
-                    bend[0] += along[2] * (x[1] - x[0])
-                    bend[nk - 1] += along[2] * (x[nk - 2] - x[nk - 1])
-                line = 0.0
+                    change[0] += wk * (x[1] - x[0])
+                    change[nk - 1] += wk * (x[nk - 2] - x[nk - 1])
                 for k in range(nk):
-                    line += x[k] * bend[k]
-                bending[i] -= line / along[c]
-                m, v = first[c, i, j], second[c, i, j]
+                    line += x[k] * change[k]
+                    g[k] = scale[c] * g[k] - change[k]
+            energy[i, c] = line
+
+
+@_compiled(X4, X4, X4, "f4", "f4", X1, "f4", "f4")
+def adam(low: int, high: int, slope: Any, first: Any, second: Any, share_first: float, share_second: float, rate: Any,
+         bias_second: float, damping: float) -> None:
+    """The moments of the slope (3, i, j, k), moved by the given shares, and the step that they give, in place of the slope."""
+    nj, nk = slope.shape[2:]
+    for i in range(low, high):
+        for c in range(3):
+            for j in range(nj):
+                g, m, v = slope[c, i, j], first[c, i, j], second[c, i, j]
                 for k in range(nk):
-                    s = stretch[c] * g[k] - weight * bend[k]
-                    m[k] += np.float32(0.1) * (s - m[k])
-                    v[k] += np.float32(0.01) * (s * s - v[k])
-                    g[k] = -rate * stretch[c] * bias_first * m[k] / (np.sqrt(bias_second * v[k]) + damping)
+                    m[k] += share_first * (g[k] - m[k])
+                    v[k] += share_second * (g[k] * g[k] - v[k])
+                    g[k] = -rate[c] * m[k] / (np.sqrt(bias_second * v[k]) + damping)
 
 
 @_compiled(X3, X3, X2, X2, "i8", X2, I2, I1, X2, I1, X2, X3, "f4", "b1", X4)

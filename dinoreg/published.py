@@ -173,18 +173,28 @@ def refine(fixed: Tensor, moving: Tensor, disp: Tensor, config: PublishedConfig,
             break
         before, disp = disp, apply_axes(vectors, smooth)
         loss, slope = data(disp)
-        roughness, bend = _diffusion(disp)
-        losses.append(loss + config.regularity * roughness)
+        if fast:
+            counts = [disp.numel() * max(n - 1, 1) / n for n in shape3(disp)]  # of neighbours along each axis
+            weights = [[2 * config.regularity / n for n in counts]] * 3
+            losses.append(loss - 0.5 * float(compiled.bend(slope, disp, (1, 1, 1), weights).sum()))
+        else:
+            roughness, bend = _diffusion(disp)
+            losses.append(loss + config.regularity * roughness)
+            slope.add_(bend, alpha=config.regularity)
         if not math.isfinite(losses[-1]):
             if t == 1:
                 raise RegistrationError("the similarity of the features is not finite before the first step; please report this "
                                         "with the images' headers")
             losses[-1] = math.nan
             return before, losses
-        slope = apply_axes(slope.add_(bend, alpha=config.regularity), adjoint)
-        first.lerp_(slope, 1 - BETA1)
-        second.lerp_(slope.square_(), 1 - BETA2)
-        vectors.addcdiv_(first, (second / (1 - BETA2**t)).sqrt_().add_(EPSILON), value=-config.rate / (1 - BETA1**t))
+        slope = apply_axes(slope, adjoint)
+        if fast:
+            compiled.adam(slope, first, second, t, (BETA1, BETA2), [config.rate] * 3, EPSILON)
+            vectors += slope
+        else:
+            first.lerp_(slope, 1 - BETA1)
+            second.lerp_(slope.square_(), 1 - BETA2)
+            vectors.addcdiv_(first, (second / (1 - BETA2**t)).sqrt_().add_(EPSILON), value=-config.rate / (1 - BETA1**t))
         advance(t, config.iterations)
     return disp, losses
 

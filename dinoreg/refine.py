@@ -232,17 +232,19 @@ def refine(similarity: Similarity, disp: Tensor, spacing: Sequence[float], itera
         loss, slope = similarity.gradient(disp)
         losses.append(float(loss))
         if compiled.usable(disp, slope):
-            bending = compiled.adam(slope, disp, first, second, stretch, regularity, rate, damping, t)
+            weights = [[regularity * a**2 / c for a in stretch] for c in stretch]
+            bending = -sum(e / c for e, c in zip(compiled.bend(slope, disp, stretch, weights), stretch, strict=True))
+            compiled.adam(slope, first, second, t, (0.9, 0.99), [rate * c for c in stretch], damping)
             step = slope
         else:
             in_h = disp / to_cells  # the field in units of h
             bend = laplacian(in_h, stretch)
-            bending = -float(total(in_h * bend))
+            bending = -regularity * float(total(in_h * bend))
             slope = slope * to_cells - regularity * bend  # by the field in units of h
             first.lerp_(slope, 0.1)
             second.lerp_(slope.square_(), 0.01)
             step = (first / (1 - 0.9**t)).div_((second / (1 - 0.99**t)).sqrt_().add_(damping)).mul_(-rate * to_cells)
-        last = losses[-1] + 0.5 * regularity * bending / disp[0].numel()
+        last = losses[-1] + 0.5 * bending / disp[0].numel()
         if not math.isfinite(last):
             if t == 1:
                 raise RegistrationError("the similarity of the images is not finite before the first step; please report "
