@@ -51,14 +51,14 @@ class EncoderConfig:
     imagenet_norm: bool = False  # the published code feeds [0, 1] grey values as they are
     long_side_tokens: int = 37  # along the longer side of a slice; 37 (518 px) is what the checkpoints were trained on
     gap_mm: float = 6.0  # distance of encoded slices
-    axis: str = "axial"  # normal of the slices, patient axis
+    axis: str = "axial"  # normal of the slices, patient axis; all: each of the three, features side by side, three times the time
     crop: bool = True  # encode the body's bounding box alone
 
     def __post_init__(self) -> None:
         _require(1 <= self.last_layers <= 12, f"encoder.last_layers must be 1..12; got {self.last_layers}")
         _require(4 <= self.long_side_tokens <= 256, f"encoder.long_side_tokens must be 4..256; got {self.long_side_tokens}")
         _require(self.gap_mm > 0, f"encoder.gap_mm must be positive; got {self.gap_mm}")
-        _require(self.axis in AXES, f"encoder.axis must be one of {', '.join(AXES)}; got {self.axis!r}")
+        _require(self.axis in (*AXES, "all"), f"encoder.axis must be one of {', '.join(AXES)}, all; got {self.axis!r}")
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,7 @@ class Config:
         _require(len(self.modalities) == 2 and all(m in MODALITIES for m in self.modalities),
                  f"modalities must be two of {MODALITIES}; got {self.modalities}")
         _require(self.solver in SOLVERS, f"solver must be one of {', '.join(SOLVERS)}; got {self.solver!r}")
+        _require(self.solver != "published" or self.encoder.axis != "all", "the solver 'published' sees one view; got all")
         _require(self.solver == "published" or self.quirks == QuirksConfig(), "quirks are those of the solver 'published' alone")
 
     def to_dict(self) -> dict[str, Any]:

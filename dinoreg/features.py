@@ -28,6 +28,7 @@ class PairFeatures:
         fixed_valid, moving_valid: (i, j, k) bool, where they hold data.
         dino: projected DINOv2 tokens, or None.
         mind: settings of MIND-SSC, or None for no MIND features.
+        views: tokens of further views; all views together count as much as one alone.
     """
 
     fixed: Tensor
@@ -36,6 +37,7 @@ class PairFeatures:
     moving_valid: Tensor
     dino: ProjectedPair | None
     mind: MindConfig | None
+    views: tuple[ProjectedPair, ...] = ()
 
     def images(self, lattice: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Both images and both weights on a lattice."""
@@ -49,10 +51,10 @@ class PairFeatures:
         if self.mind is not None:
             families.append(tuple(mind_ssc(image, self.mind.radius, self.mind.dilation) for image in (fixed, moving)))
             shares.append(self.mind.weight)
-        if self.dino is not None:
+        for view in () if self.dino is None else (self.dino, *self.views):
             # Where there is no body, features fade to zero: a contour is information; no data at all is the weights' business.
-            families.append(tuple(found.values * found.weight for found in self.dino.sample(lattice)))
-            shares.append(1.0)
+            families.append(tuple(found.values * found.weight for found in view.sample(lattice)))
+            shares.append(1.0 / (1 + len(self.views)))
         scales = [(share / sum(shares)) ** 0.5 * unrelated_distance(a, b, wf, wm).rsqrt()
                   for share, (a, b) in zip(shares, families, strict=True)]
         f, m = (torch.cat([family[side] * s for family, s in zip(families, scales, strict=True)]) for side in (0, 1))

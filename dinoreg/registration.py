@@ -24,7 +24,7 @@ from dinoreg import published
 from dinoreg.align import align
 from dinoreg.basis import FixedBasis, token_provenance
 from dinoreg.cache import TokenCache
-from dinoreg.config import Config
+from dinoreg.config import AXES, Config
 from dinoreg.convex import discrete
 from dinoreg.dino import ProjectedPair, pair_features, placement
 from dinoreg.encoding import EncodedVolume, encode_volume, encoding_key, upright
@@ -89,9 +89,10 @@ class Registrar:
         self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         self.time_limit = time_limit
         self.encoder, self.cache, self.basis = encoder, cache, basis
-        if (cache or basis) and (config.solver == "published" or "dinov2" not in config.features):
+        if (cache or basis) and (config.solver == "published" or "dinov2" not in config.features or config.encoder.axis == "all"):
             raise ConfigError("a cache and a basis are for the tokens of DINOv2, each volume by itself: expected features with "
-                              f"dinov2 and a preset other than published; got {config.features}, {config.preset}")
+                              "dinov2, one view and a preset other than published; got "
+                              f"{config.features}, {config.encoder.axis}, {config.preset}")
         if encoder is None and "dinov2" in config.features:
             self.encoder = load_encoder(config.encoder.arch, weights, device=self.device)
         if basis is not None:
@@ -159,7 +160,8 @@ class Registrar:
                 if self.by_itself:
                     dino, info["volumes_encoded"] = self._encode_each((fixed, moving), (fixed_mask, moving_mask), kinds)
                 else:
-                    dino = self._encode_pair(shown, bodies, fixed.affine)
+                    dino, *views = self._encode_pair(shown, bodies, fixed.affine)
+                    pair = replace(pair, views=tuple(views))
                 pair = replace(pair, dino=dino)
                 del shown, bodies
         with stage("discrete", stages):
@@ -232,16 +234,21 @@ class Registrar:
         in one window, at the same scale."""
         return self.cache is not None or self.basis is not None
 
-    def _encode_pair(self, shown: list[Tensor], bodies: list[Tensor], affine: npt.NDArray[np.float64]) -> ProjectedPair:
+    def _encode_pair(self, shown: list[Tensor], bodies: list[Tensor], affine: npt.NDArray[np.float64]) -> list[ProjectedPair]:
+        """Both images on the fixed grid, in every view that the configuration asks for."""
         assert self.encoder is not None  # the constructor loads it
         if self.config.solver == "published":
-            return encode_pair((shown[0], shown[1]), (bodies[0], bodies[1]), affine, self.encoder, self.config, self.device)
-        window = bodies[0] | bodies[1]
-        grids = [volume_tokens(image, body, affine, self.encoder, self.config.encoder, window=window,
-                               progress=partial(advance, part=half, parts=2))
-                 for half, (image, body) in enumerate(zip(shown, bodies, strict=True))]
-        first, second = (EncodedVolume(grid, token_moments(grid.tokens, grid.foreground, self.device)) for grid in grids)
-        return pair_features(first, second, self.config.pca, self.device)
+            return [encode_pair((shown[0], shown[1]), (bodies[0], bodies[1]), affine, self.encoder, self.config, self.device)]
+        window, found = bodies[0] | bodies[1], []
+        axes = AXES if self.config.encoder.axis == "all" else (self.config.encoder.axis,)
+        for number, axis in enumerate(axes):
+            config = replace(self.config.encoder, axis=axis)
+            grids = [volume_tokens(image, body, affine, self.encoder, config, window=window,
+                                   progress=partial(advance, part=2 * number + half, parts=2 * len(axes)))
+                     for half, (image, body) in enumerate(zip(shown, bodies, strict=True))]
+            first, second = (EncodedVolume(grid, token_moments(grid.tokens, grid.foreground, self.device)) for grid in grids)
+            found.append(pair_features(first, second, self.config.pca, self.device))
+        return found
 
     def _encode_each(self, images: tuple[Volume, Volume], masks: tuple[Volume | None, Volume | None],
                      kinds: Sequence[str]) -> tuple[ProjectedPair, int]:

@@ -108,6 +108,20 @@ def test_with_both_families_each_counts_half_or_as_its_weight_says(weight: float
         assert float(distance) == pytest.approx(share, rel=1e-4)
 
 
+@pytest.mark.parametrize("with_mind", [False, True])
+def test_all_views_together_count_as_much_as_one(with_mind: bool) -> None:
+    one = pair(with_dino=True, with_mind=with_mind)
+    fixed, moving = dataclasses.replace(one, views=(dino(), dino())).on(LATTICE)
+    assert len(fixed.features) == 12 * with_mind + 3 * 2
+    for view in range(3):
+        channels = slice(12 * with_mind + 2 * view, 12 * with_mind + 2 * view + 2)
+        distance = unrelated_distance(fixed.features[channels], moving.features[channels], fixed.weight, moving.weight)
+        assert float(distance) == pytest.approx((0.5 if with_mind else 1.0) / 3, rel=1e-4)
+    # the same tokens three times are no other features than once
+    alone = one.on(LATTICE)[0].features
+    torch.testing.assert_close(fixed.features.square().sum(0), alone.square().sum(0), rtol=1e-4, atol=1e-6)  # float32 sums
+
+
 def test_a_family_is_scaled_by_one_number_for_both_images() -> None:
     """Vectors keep their lengths relative to one another: dividing each voxel's by its own length makes motion vanish."""
     volumes = pair(with_dino=True).on(LATTICE)

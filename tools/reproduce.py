@@ -56,7 +56,8 @@ QUOTED: dict[str, tuple[tuple[str, str, dict[str, float]], ...]] = {
                     ("ConvexAdam", "official test", {"dice": 0.731, "hd95_mm": 17.0}),
                     ("corrField", "official test", {"dice": 0.729, "hd95_mm": 15.4})),
 }
-GAPS_MM, COMPONENTS, VIEWS, MIND_WEIGHTS = (3.0, 12.0), (12, 48), ("coronal", "sagittal"), (0.5, 2.0)
+GAPS_MM, COMPONENTS, MIND_WEIGHTS = (3.0, 12.0), (12, 48), (0.5, 2.0)
+VIEWS = {"coronal": "coronal slices", "sagittal": "sagittal slices", "all": "three views"}
 SIZES = ("vits14_reg4", "vitb14_reg4", "vitl14_reg4", "vitg14_reg4", "vitl14")  # the last one: without registers
 
 
@@ -87,7 +88,7 @@ def variants(preset: Config, ablations: bool) -> list[Variant]:
         *((f"DINOv2, slices {gap:g} mm apart", dino, change("encoder", gap_mm=gap)) for gap in GAPS_MM),
         *((f"DINOv2, {n} components", dino, change("pca", components=n)) for n in COMPONENTS),
         ("published, exact PCA", released, change("quirks", randomised_pca=False)),
-        *((f"DINOv2, {view}", dino, change("encoder", axis=view)) for view in VIEWS),
+        *((f"DINOv2, {name}", dino, change("encoder", axis=axis)) for axis, name in VIEWS.items()),
         *((f"DINOv2, {arch}", dino, change("encoder", arch=arch)) for arch in SIZES),
         ("DINOv2, last four layers", dino, change("encoder", last_layers=4)),
         *((f"DINOv2 + MIND, MIND x {weight:g}", both, change("mind", weight=weight)) for weight in MIND_WEIGHTS),
