@@ -110,7 +110,7 @@ def test_every_command_of_the_program_is_in_the_readme() -> None:
 
     for command in COMMANDS:
         name = command.__name__.rsplit(".", 1)[-1]
-        assert f"dinoreg {name} " in README or f"`{name}` " in README, name
+        assert f"dinoreg {name} " in README or f"`{name}`" in README, name
 
 
 def test_every_piece_of_python_runs(folder: Path) -> None:
