@@ -325,6 +325,7 @@ class Registrar:
         def tick(done: int, _: float) -> None:
             advance(sum(level["iterations"] for level in history) + done, total)
 
+        found = disp
         finest = min((factor for factor, _ in config.levels), default=1.0)
         unit = limited_cell(shape, spacing, finest * min(spacing), config.max_cells) / finest
         for factor, iterations in config.levels:
@@ -342,7 +343,7 @@ class Registrar:
                 terms.append((config.information, MutualInformation(*pair.images(lattice))))
             disp, losses = refine(Sum(terms), resize_disp(disp, lattice), cell, iterations, rate=config.rate,
                                   regularity=config.regularity, step_sigma=config.step_sigma, damping=config.damping,
-                                  until=until, progress=tick)
+                                  anchor=resize_disp(found, lattice) if config.anchored else None, until=until, progress=tick)
             history.append({"lattice": list(lattice), "cell_mm": [round(c, 3) for c in cell], **_ran(losses, iterations)})
         return disp, history
 
