@@ -139,6 +139,8 @@ def _read_nifti(path: Path, suffix: str, limit: int) -> tuple[npt.NDArray[Any], 
         array = np.array(stored, dtype=dtype.newbyteorder("="), order="C")
         _to_the_end(path, suffix, stream)
     slope, inter = header.get_slope_inter()
+    if slope is not None and abs(slope) < np.finfo(np.float32).tiny:  # nearly all values would be rounded to zero
+        raise InputError(f"{path}: expected a factor of the stored numbers (scl_slope); got {slope:g}; correct the header")
     if slope is not None and (slope, inter) != (1.0, 0.0):
         scaled = np.empty(shape, dtype=np.float32)
         with np.errstate(over="ignore"):  # infinite values are found by the checks

@@ -284,6 +284,14 @@ def test_zero_spacing_is_refused(tmp_path: Path) -> None:
             io.read_volume(tmp_path / name)
 
 
+def test_a_scale_that_would_round_the_values_to_zero_is_refused(tmp_path: Path) -> None:
+    raw = bytearray(_write(tmp_path / "x.nii").read_bytes())
+    raw[112:116] = struct.pack("<f", 1e-43)  # scl_slope
+    (tmp_path / "x.nii").write_bytes(raw)
+    with pytest.raises(InputError, match="scl_slope"):
+        io.read_volume(tmp_path / "x.nii")
+
+
 def test_singular_affine_is_refused(tmp_path: Path) -> None:
     image = nib.Nifti1Image(_image(), np.eye(4))
     raw = np.eye(4)

@@ -12,6 +12,7 @@ import argparse
 import ast
 import copy
 import os
+import resource
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ from random import Random
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-SECONDS = 240  # for the tests of one mutant: some never end
+SECONDS, MEMORY = 60, 2**33  # for the tests of one mutant: some never end, and some ask for everything
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
     ast.Pow: ast.Mult, ast.MatMult: ast.Add, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
@@ -83,6 +84,7 @@ def _passes(tree: ast.Module, path: Path, tests: list[str], plain: bool) -> bool
     process = os.fork()
     if process == 0:
         signal.alarm(SECONDS)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
