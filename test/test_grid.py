@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from dinoreg import metrics
+from dinoreg import grid, metrics
 from dinoreg.grid import (
     SLABS,
     Shape,
@@ -365,3 +365,32 @@ def test_the_cell_grows_until_the_lattice_is_small_enough() -> None:
                 assert math.prod(lattice_shape(shape, spacing, 0.97 * cell)) > 0.95 * limit
             else:
                 assert math.prod(lattice_shape(shape, spacing, cell)) == math.prod(lattice_shape(shape, spacing, min(spacing)))
+
+
+def test_two_cells_are_interpolated_between_their_centres() -> None:
+    expected = torch.tensor([[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]])
+    torch.testing.assert_close(grid.linear_matrix(2, 4), expected, rtol=0, atol=0)
+
+
+def test_unfold_looks_one_cell_farther_every_ten_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    reaches: list[int] = []
+    monkeypatch.setattr(grid, "smooth_near", lambda disp, marked, reach: reaches.append(reach))
+    disp = torch.zeros(3, 6, 6, 6)
+    disp[0, 3] = -3.0
+    grid.unfold(disp, passes=25)
+    assert reaches == [1] * 10 + [2] * 10 + [3] * 5
+
+
+def test_the_slope_of_a_warp_is_its_derivative() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, upstream = torch.rand(1, 5, 6, 7, generator=generator), torch.rand(1, 4, 5, 6, generator=generator)
+    disp = 0.3 + 0.4 * torch.rand(3, 4, 5, 6, generator=generator)
+    found = grid.warp_slope(image, disp, upstream)
+    disp.requires_grad_()
+    (expected,) = torch.autograd.grad((grid.warp(image, disp) * upstream).sum(), disp)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # float32 sums of eight products of order 1
+
+
+def test_outside_lies_the_border_or_zero_as_asked() -> None:
+    image, away = torch.ones(1, 4, 5, 6), torch.full((3, 4, 5, 6), 10.0)
+    assert torch.equal(grid.warp(image, away), image) and torch.equal(grid.warp(image, away, padding="zeros"), 0 * image)
