@@ -283,14 +283,14 @@ def read_only(door: Door, folder: Path, whole: dict[str, bytes], tally: Tally) -
 
 
 def vanished(door: Door, folder: Path, whole: dict[str, bytes], tally: Tally) -> None:
-    """An input of a pair vanishes while the first pair is done, or after its pair was finished."""
+    """An input of a pair vanishes after the run began, or after its pair was finished."""
     output = folder / f"{door.name}-vanished"
     for pair in (PAIRS, 1):
         path = door.source / f"imagesTr/Blobs_{pair:04d}_0000.nii.gz"
         before = finished(door, output) if output.exists() else {}
         pid = door.start(output) if pair == PAIRS else 0
-        if pid:
-            wait_for(lambda: bool(door.records(output)), pid)
+        if pid:  # later, the pair would be read already: the next one is read while one is solved
+            wait_for(output.exists, pid)
         path.rename(path.with_suffix(".away"))
         status = ended(pid) if pid else door.run(output)
         tally.count("input vanished")
