@@ -55,13 +55,14 @@ class Method:
     code: tuple[Path, ...]
 
 
-def dinoreg_method(features: str, encoder: str | None, threads: int) -> Method:
+def dinoreg_method(features: str, encoder: str | None, threads: int, *, by_itself: bool = False) -> Method:
     """DINO-Reg with a choice of features.
 
     Args:
         features: mind, dinov2 or dinov2+mind.
         encoder: "ARCH:SEED" for seeded random weights, which are not DINOv2 and are never called so; None for a checkpoint.
         threads: CPU threads.
+        by_itself: each image is encoded by itself, as for a cache, and not with its partner in one window.
 
     Raises:
         ConfigError: an encoder that is unknown or would not be used.
@@ -76,6 +77,11 @@ def dinoreg_method(features: str, encoder: str | None, threads: int) -> Method:
             raise ConfigError(f"--random-encoder: expected --features dinov2 or dinov2+mind; got {features}, which has none")
         network = f"random ViT-{arch[3].upper()}, seed {seed}"
         arguments += ["--encoder", encoder]
+    if by_itself:
+        if "dinov2" not in features:
+            raise ConfigError(f"--by-itself: expected --features dinov2 or dinov2+mind; got {features}, which has no encoder")
+        network += ", images by themselves"
+        arguments.append("--by-itself")
     name = {"mind": "MIND", "dinov2": network, "dinov2+mind": f"{network} + MIND"}[features]
     code = (*sorted((ROOT / "dinoreg").glob("*.py")), ROOT / "process.py", CHILD)
     return Method(f"DINO-Reg ({name})", tuple(arguments), code)
@@ -201,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sets", metavar="A,B", help="only these")
     parser.add_argument("--pairs", type=int, metavar="N", help="only the first N pairs of each set")
     parser.add_argument("--features", default="mind", choices=("mind", "dinov2", "dinov2+mind"))
+    parser.add_argument("--by-itself", action="store_true", help="encode each image by itself, as for a cache of many pairs")
     parser.add_argument("--random-encoder", metavar="ARCH:SEED", help="seeded random weights, not a checkpoint: vits14_reg4:0")
     parser.add_argument("--with", dest="rivals", action="append", default=[], choices=("convexadam",), help="run this, too")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each method (default: 1)")
@@ -223,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Register, score, print and check; the exit status."""
-    methods = [dinoreg_method(options.features, options.random_encoder, options.threads)]
+    methods = [dinoreg_method(options.features, options.random_encoder, options.threads, by_itself=options.by_itself)]
     if "convexadam" in options.rivals:
         methods.append(convexadam_method(options.threads))
     sets = choose_sets(options.data, options.sets)

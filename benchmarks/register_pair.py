@@ -1,6 +1,6 @@
 """Registers the one pair of a folder and notes what it cost: the process that accuracy.py starts for each pair.
 
-    python benchmarks/register_pair.py dinoreg|convexadam INPUT OUTPUT [--features F] [--encoder ARCH:SEED] [--threads N]
+    python benchmarks/register_pair.py dinoreg|convexadam INPUT OUTPUT [--features F] [--encoder ARCH:SEED] [--by-itself] [--threads N]
 
 Both methods read a Learn2Reg folder with a single pair and write its field by the same name and in the same convention, so that
 one scorer serves both and the cost of either holds reading and writing. ``usage.json`` beside the field has the CPU seconds that
@@ -31,6 +31,7 @@ def register_dinoreg(options: argparse.Namespace) -> tuple[int, float]:
         Its exit status and the CPU seconds before it.
     """
     import process
+    from dinoreg.cache import TokenCache
     from dinoreg.registration import Registrar
     from dinoreg.weights import random_encoder
 
@@ -38,7 +39,9 @@ def register_dinoreg(options: argparse.Namespace) -> tuple[int, float]:
     start = time.process_time()
     if options.encoder is not None:
         arch, seed = options.encoder.split(":")
-        factory = functools.partial(Registrar, encoder=random_encoder(arch, int(seed)))
+        factory = functools.partial(factory, encoder=random_encoder(arch, int(seed)))
+    if options.by_itself:
+        factory = functools.partial(factory, cache=TokenCache(options.output / "cache", 2**40))
     arguments = ["--input", str(options.input), "--output", str(options.output), "--mode", "learn2reg", "--split", "val",
                  "--features", options.features, "--device", "cpu", "--threads", str(options.threads)]
     return process.main(arguments, factory), start
@@ -85,6 +88,7 @@ def main() -> int:
     parser.add_argument("output", type=Path, help="an empty folder")
     parser.add_argument("--features", default="mind")
     parser.add_argument("--encoder", metavar="ARCH:SEED", help="random weights in place of a checkpoint")
+    parser.add_argument("--by-itself", action="store_true", help="encode each image by itself, as for a cache")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     status, start = METHODS[options.method](options)
