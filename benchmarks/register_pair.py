@@ -1,6 +1,6 @@
 """Registers the one pair of a folder and notes what it cost: the process that accuracy.py starts for each pair.
 
-    python benchmarks/register_pair.py dinoreg|convexadam INPUT OUTPUT [--features F] [--encoder ARCH:SEED] [--by-itself] [--threads N]
+    python benchmarks/register_pair.py dinoreg|convexadam INPUT OUTPUT [--features F] [--encoder ARCH:SEED [--by-itself]] ...
 
 Both methods read a Learn2Reg folder with a single pair and write its field by the same name and in the same convention, so that
 one scorer serves both and the cost of either holds reading and writing. ``usage.json`` beside the field has the CPU seconds that
