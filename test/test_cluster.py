@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_pair import small_pair
+from small_pair import QUICK, small_pair
 
 from dinoreg.io import read_json, write_volume
 from dinoreg.volume import Volume
@@ -87,9 +87,9 @@ class Lab:
         wait(lambda: (self.folder / "scheduler.json").exists() or process.poll() is not None, 60)
         return str(read_json(self.folder / "scheduler.json")["address"])
 
-    def worker(self, address: str, slow: float = 0, preload: str = "stub") -> subprocess.Popen[str]:
+    def worker(self, address: str, slow: float = 0) -> subprocess.Popen[str]:
         return self.start("-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard", "--no-nanny",
-                          "--memory-limit", "0", "--preload", preload, slow=slow)
+                          "--memory-limit", "0", "--preload", "stub", slow=slow)
 
     def client(self, out: str, *options: str) -> subprocess.Popen[str]:
         code = "import stub, sys; from dinoreg.__main__ import main; sys.exit(main(sys.argv[1:]))"
@@ -177,18 +177,16 @@ def test_an_atlas_is_encoded_once_for_all_workers(lab: Lab) -> None:
     assert lab.encodings() == 5 and len(list((lab.folder / "cache").iterdir())) == 5
 
 
-@pytest.mark.slow
 def test_a_worker_of_another_program_does_nothing(lab: Lab) -> None:
-    address = lab.scheduler()
-    lab.worker(address, slow=3)
-    client = lab.client("out", "--scheduler", address)
-    wait(lambda: lab.done("out") == 1, 120)
-    stub = (lab.folder / "stub.py").read_text()
-    (lab.folder / "other.py").write_text(stub + "from dinoreg import report\nreport.code_sha256 = lambda: 'other'\n")
-    lab.worker(address, preload="other")
-    output, _ = client.communicate(timeout=120)
-    assert client.returncode == 2 and "expected the program of the first worker" in output
-    assert 1 <= output.count("failed: ") <= 3
+    from dinoreg import cluster
+    from dinoreg.jobs import Case
+    from dinoreg.work import Order, worker
+
+    order = Order(QUICK, device="cpu")
+    case = Case("1", lab.folder / "atlas.nii.gz", lab.folder / "scan0.nii.gz", None, None, ("", ""), (), None, None, False)
+    record = cluster._register(order, worker(order).shared | {"program": "other"}, case, lab.folder / "out")
+    assert record["error"]["exit_code"] == 2 and "expected the program of the first worker" in record["error"]["message"]
+    assert not (lab.folder / "out").exists()
 
 
 def test_no_scheduler_is_a_clear_error(lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

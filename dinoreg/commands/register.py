@@ -146,7 +146,10 @@ def _here(arguments: argparse.Namespace, order: Order, cases: Cases, spare: list
     settled = take_stock(cases, worker.shared, resume=arguments.resume, spare=spare)
     rest = [index for index in range(len(cases)) if index not in settled]
     with _told(arguments, len(rest)) as tell:
-        for index, record in zip(rest, worker.pairs(cases[index] for index in rest), strict=True):
+        alone = not arguments.pairs  # then its stages are shown
+        records = (worker.pair(*case).read().solve().write() for case in cases) if alone and rest else \
+            worker.pairs(cases[index] for index in rest)
+        for index, record in zip(rest, records, strict=True):
             settled[index] = record
             tell(record["name"], "error" in record)
     return settled
