@@ -24,8 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import SimpleITK as sitk
 
+from dinoreg.encoding import same_view
 from dinoreg.errors import ConfigError, DinoRegError, RegistrationError
 from dinoreg.initial import undone
 from dinoreg.io import read_volume, remove
@@ -147,7 +149,7 @@ class Cluster:
         found = []
         for side, path, mask in ((0, case.fixed, case.fixed_mask), (1, case.moving, case.moving_mask)):
             kind = case.modalities[side] or self.order.config.modalities[side]
-            arguments = (path, mask, kind, side == 1 and self.order.initial is not None)
+            arguments = (path, mask, kind, side == 1 and isinstance(self.order.initial, tuple))
             found.append((hashlib.sha256(repr(arguments).encode()).hexdigest()[:16], arguments))
         return found[:1] if found[0] == found[1] else found
 
@@ -229,14 +231,15 @@ def _works_in(folder: Path) -> bool:
     return any(path.is_relative_to(folder) for path in _busy)
 
 
-def _encode(order: Order, path: Path, mask: Path | None, modality: str, moved: bool) -> Encoded:
+def _encode(order: Order, path: Path, mask: Path | None, modality: str, moving: bool) -> Encoded:
     """Encode a volume into the cache, if it is not there."""
     try:
-        volumes = [read_volume(file) if file else None for file in (path, mask)]
-        if moved and order.initial is not None:
-            volumes = [volume and undone(volume, order.initial) for volume in volumes]  # type: ignore[arg-type]
-        assert volumes[0] is not None
-        entry, _ = worker(order).registrar.encode(volumes[0], volumes[1], modality)
+        volume, volume_mask = read_volume(path), read_volume(mask) if mask else None
+        if moving and isinstance(order.initial, tuple):  # what "auto" finds mostly leaves the view as it is
+            start = np.array(order.initial)
+            if not same_view(volume, moved := undone(volume, start)):
+                volume, volume_mask = moved, volume_mask and undone(volume_mask, start)
+        entry, _ = worker(order).registrar.encode(volume, volume_mask, modality)
     except DinoRegError:  # the pairs say what is wrong
         return Encoded(0)
     return Encoded(entry.grid.tokens.nbytes)

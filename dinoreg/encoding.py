@@ -108,6 +108,13 @@ def tilt_degrees(volume: Volume) -> float:
     return float(np.degrees(np.arccos(np.clip(min(along), 0, 1))))
 
 
+def same_view(volume: Volume, moved: Volume) -> bool:
+    """Whether an affine start leaves what the encoder sees of a volume as it is: then it is encoded by its own header, and its
+    tokens hold for every start. A volume that gets another orientation, or is or gets tilted, is encoded as it was moved."""
+    straight = max(tilt_degrees(volume), tilt_degrees(moved)) <= MAX_TILT_DEGREES
+    return straight and volume.orientation == moved.orientation
+
+
 def along_patient(orientation: str, spacing: Sequence[float]) -> npt.NDArray[np.float64]:
     """4x4, voxel -> RAS mm, of a grid whose axes point exactly along patient directions such as "LPS"; voxel 0 is at 0."""
     affine = np.zeros((4, 4))

@@ -27,7 +27,7 @@ from dinoreg.cache import TokenCache
 from dinoreg.config import AXES, Config
 from dinoreg.convex import discrete
 from dinoreg.dino import ProjectedPair, pair_features, placement
-from dinoreg.encoding import EncodedVolume, encode_volume, encoding_key, upright
+from dinoreg.encoding import EncodedVolume, encode_volume, encoding_key, same_view, upright
 from dinoreg.errors import ConfigError, InputError, OutputError, RegistrationError
 from dinoreg.features import PairFeatures
 from dinoreg.grid import compose, lattice_shape, limited_cell, resize, resize_disp, shape3, unfold
@@ -151,6 +151,7 @@ class Registrar:
                     warnings.append(f"the moving image was moved before it was registered, {found}; look at the picture, and if "
                                     "the headers were right, register again with the initial transform none")
         start = np.eye(4) if initial is None else checked(initial)
+        given = moving, moving_mask
         if initial is not None:
             moving, moving_mask = undone(moving, start), moving_mask and undone(moving_mask, start)
         with stage("prepare", stages):
@@ -158,7 +159,8 @@ class Registrar:
         if "dinov2" in self.config.features:
             with stage("encode", stages):
                 if self.by_itself:
-                    dino, info["volumes_encoded"] = self._encode_each((fixed, moving), (fixed_mask, moving_mask), kinds)
+                    view = given if same_view(given[0], moving) else (moving, moving_mask)
+                    dino, info["volumes_encoded"] = self._encode_each(((fixed, fixed_mask), view), (fixed, moving), kinds)
                 else:
                     dino, *views = self._encode_pair(shown, bodies, fixed.affine)
                     pair = replace(pair, views=tuple(views))
@@ -250,12 +252,13 @@ class Registrar:
             found.append(pair_features(first, second, self.config.pca, self.device))
         return found
 
-    def _encode_each(self, images: tuple[Volume, Volume], masks: tuple[Volume | None, Volume | None],
+    def _encode_each(self, views: tuple[tuple[Volume, Volume | None], ...], images: tuple[Volume, Volume],
                      kinds: Sequence[str]) -> tuple[ProjectedPair, int]:
-        """Each volume by itself, and how many of them were not in the cache."""
+        """Each volume by itself, as it is in ``views`` with its mask, placed as the headers of ``images`` say; and how many were
+        not in the cache."""
         (first, new), (second, also_new) = (
             self.encode(volume, mask, kind, partial(advance, part=half, parts=2))
-            for half, (volume, mask, kind) in enumerate(zip(images, masks, kinds, strict=True)))
+            for half, ((volume, mask), kind) in enumerate(zip(views, kinds, strict=True)))
         placed = (placement(upright(images[0]), images[0]), placement(upright(images[1]), images[0]))
         basis = self.basis.basis if self.basis else None
         return pair_features(first, second, self.config.pca, self.device, basis=basis, placed=placed), new + also_new

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_encoder import PatchMeans
 from small_pair import QUICK, small_pair
 
+from dinoreg.config import EncoderConfig, PcaConfig
 from dinoreg.io import read_json, write_volume
 from dinoreg.volume import Volume
 
@@ -187,6 +190,23 @@ def test_a_worker_of_another_program_does_nothing(lab: Lab) -> None:
     record = cluster._register(order, worker(order).shared | {"program": "other"}, case, lab.folder / "out")
     assert record["error"]["exit_code"] == 2 and "expected the program of the first worker" in record["error"]["message"]
     assert not (lab.folder / "out").exists()
+
+
+@pytest.mark.parametrize("initial", [None, "auto", tuple(map(tuple, np.eye(4).tolist()))])
+def test_a_volume_is_encoded_for_its_pairs_whatever_they_start_from(lab: Lab, monkeypatch: pytest.MonkeyPatch,
+                                                                    initial: str | tuple[tuple[float, ...], ...] | None) -> None:
+    from dinoreg import cluster, registration
+    from dinoreg.jobs import Case
+    from dinoreg.work import Order, worker
+
+    monkeypatch.setattr(registration, "load_encoder", lambda *_, **__: PatchMeans())
+    config = replace(QUICK, features="dinov2", pca=PcaConfig(components=1), encoder=EncoderConfig(long_side_tokens=8))
+    order = Order(config, device="cpu", initial=initial, cache=lab.folder / "cache", cache_bytes=2**30)
+    case = Case("1", lab.folder / "atlas.nii.gz", lab.folder / "scan0.nii.gz", None, None, ("", ""), (), None, None, False)
+    for _, arguments in cluster.Cluster(None, order)._volumes(case):  # type: ignore[arg-type]
+        assert cluster._encode(order, *arguments).size > 1000
+    record = cluster._register(order, worker(order).shared, case, lab.folder / "out")
+    assert "error" not in record and record["info"]["volumes_encoded"] == 0
 
 
 def test_no_scheduler_is_a_clear_error(lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

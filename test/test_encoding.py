@@ -13,7 +13,8 @@ from scipy import ndimage
 
 from dinoreg.config import Config, EncoderConfig, IntensityConfig, PcaConfig
 from dinoreg.dino import ProjectedGrid, placement
-from dinoreg.encoding import EncodedVolume, encode_volume, encoding_key, tilt_degrees, upright
+from dinoreg.encoding import EncodedVolume, encode_volume, encoding_key, same_view, tilt_degrees, upright
+from dinoreg.initial import undone
 from dinoreg.volume import Volume
 
 CONFIG = Config(features="dinov2", encoder=EncoderConfig(long_side_tokens=12, gap_mm=5.0), pca=PcaConfig(components=1))
@@ -124,3 +125,13 @@ def test_a_mask_is_what_counts() -> None:
     found = encode(volume, Volume(half, volume.affine)).grid
     reach = ndimage.find_objects((volume.array > 0) & (half > 0))[0][0].stop
     assert found.geometry.extent[0][1] < reach + 3 + 3  # voxels: grown by 3, a patch is 3 wide
+
+
+@pytest.mark.parametrize(("degrees", "same"), [(0, True), (6, True), (14, False), (90, False)])
+def test_a_start_that_turns_little_leaves_the_view_as_it_is(degrees: float, same: bool) -> None:
+    volume = ball(affine((2.0, 2.0, 2.4), "LPS"))
+    angle, start = np.deg2rad(degrees), np.eye(4)
+    start[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    start[:3] *= 1.03
+    start[:3, 3] = (50, 0, -20)
+    assert same_view(volume, undone(volume, start)) == same
