@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_encoder import PatchMeans
-from small_pair import QUICK, small_pair
+from fake_encoder import PatchMeans, affine
+from small_pair import QUICK, SHIFT_MM, scan, small_pair
 
 from dinoreg.config import EncoderConfig, PcaConfig
 from dinoreg.io import read_json, write_volume
@@ -202,7 +202,9 @@ def test_a_volume_is_encoded_for_its_pairs_whatever_they_start_from(lab: Lab, mo
     monkeypatch.setattr(registration, "load_encoder", lambda *_, **__: PatchMeans())
     config = replace(QUICK, features="dinov2", pca=PcaConfig(components=1), encoder=EncoderConfig(long_side_tokens=8))
     order = Order(config, device="cpu", initial=initial, cache=lab.folder / "cache", cache_bytes=2**30)
-    case = Case("1", lab.folder / "atlas.nii.gz", lab.folder / "scan0.nii.gz", None, None, ("", ""), (), None, None, False)
+    scan_file = lab.folder / "straight.nii.gz"
+    write_volume(scan_file, scan(affine((2.0, 1.8, 2.2), "LPS"), (32, 34, 30), moved_mm=SHIFT_MM))
+    case = Case("1", lab.folder / "atlas.nii.gz", scan_file, None, None, ("", ""), (), None, None, False)
     for _, arguments in cluster.Cluster(None, order)._volumes(case):  # type: ignore[arg-type]
         assert cluster._encode(order, *arguments).size > 1000
     record = cluster._register(order, worker(order).shared, case, lab.folder / "out")
