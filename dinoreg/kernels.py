@@ -134,8 +134,11 @@ def axes(low: int, high: int, x: Any, start_i: Any, taps_i: Any, start_j: Any, t
 def _locate(place: Any, axis: int, x: int, d: Any, n: int) -> Any:
     """Along an axis of n cells, the lower cell, the share of the upper one, and what a displacement adds: 0 beyond the border."""
     p = place[axis, 0] * np.float32(x) + place[axis, 1] + place[axis, 2] * d
-    gain = place[axis, 2] if np.float32(0) < p < np.float32(n - 1) else np.float32(0)
-    p = min(max(p, np.float32(0)), np.float32(n - 1))
+    gain, last = place[axis, 2], np.float32(n - 1)
+    if not p > np.float32(0):  # NaN, too: no cell outside is ever read. (min and max would take three times as long.)
+        p, gain = np.float32(0), np.float32(0)
+    if p >= last:
+        p, gain = last, np.float32(0)
     cell = min(int(p), max(n - 2, 0))
     return cell, p - np.float32(cell), gain
 

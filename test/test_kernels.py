@@ -84,6 +84,13 @@ def test_samples_and_their_slopes(shape: tuple[int, int, int], lattice: tuple[in
     assert_close(warp_slope(x[:1], disp, upstream), warp_slope(x[:1].double(), disp.double(), upstream.double()), 1e-5)
 
 
+def test_no_cell_is_read_where_a_field_is_not_finite() -> None:
+    x, disp = smooth(2, 6, 7, 8), torch.zeros(3, 6, 7, 8)
+    disp[0, 0, 0, 0], disp[1, 1, 1, 1], disp[2, 2, 2, 2] = torch.nan, torch.inf, -torch.inf
+    found = warp(x, disp)  # would end the process
+    assert torch.equal(found[:, 0, 0, 0], x[:, 0, 0, 0]) and torch.equal(found[:, 1, 1, 1], x[:, 1, 6, 1])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["ssd", "lncc", "information"])
 def test_data_terms(name: str, shape: tuple[int, int, int]) -> None:
