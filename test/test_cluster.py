@@ -96,7 +96,8 @@ class Lab:
 
     def client(self, out: str, *options: str) -> subprocess.Popen[str]:
         code = "import stub, sys; from dinoreg.__main__ import main; sys.exit(main(sys.argv[1:]))"
-        return self.start("-c", code, "register", "--pairs", "pairs.csv", "-o", out, "--preset", "generic", *options)
+        return self.start("-c", code, "register", "--pairs", "pairs.csv", "-o", out, "--preset", "generic", "--initial-transform",
+                          "none", *options)
 
     def done(self, out: str) -> int:
         return len(list((self.folder / out).glob("*/report.json")))
