@@ -35,6 +35,7 @@ from dinoreg.errors import ConfigError, DinoRegError, InputError, OutputError
 from dinoreg.grandchallenge import parse_sockets
 from dinoreg.io import check_writable, remove, write_json
 from dinoreg.jobs import Case, Images, Job, find_job, write_case
+from dinoreg.memory import parse_bytes
 from dinoreg.progress import shown
 from dinoreg.registration import Registrar
 from dinoreg.report import failure_record, run_record
@@ -102,7 +103,8 @@ class DinoReg(Algorithm):
             log.warning(self.warnings[-1])
             self.config = dataclasses.replace(self.config, features=self.options.features)
         self.registrar = self.registrar_factory(self.config, weights=self.options.weights, device=self.options.device,
-                                                threads=self.options.threads, time_limit=self.options.time_limit)
+                                                threads=self.options.threads, time_limit=self.options.time_limit,
+                                                max_memory=self.options.max_memory)
         self.shared = recipe(self.config, self.registrar.engine, {"vector_field": self.options.vector_field,
                                                                       "initial": self.options.initial_transform,
                                                                       "time_limit": self.options.time_limit})
@@ -129,7 +131,7 @@ class DinoReg(Algorithm):
         case, images = input_image
         return self.registrar.register(images.fixed, images.moving, fixed_mask=images.fixed_mask, moving_mask=images.moving_mask,
                                        modalities=[modality(text) for text in case.modalities],
-                                       colours=case.picture is not None,
+                                       colours=case.picture is not None, output="field" if case.picture else "mha",
                                        initial=None if case.initial == "none" else case.initial)
 
     def run(self) -> dict[str, Any]:
@@ -171,6 +173,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("device", "auto", "auto, cpu or cuda")
     option("threads", None, "CPU threads", type=int)
     option("time-limit", None, "seconds for a pair; when they are over, its best field so far is the result", type=float)
+    option("max-memory", None, "memory that may be held, such as 8G; a container's limit counts by itself", type=parse_bytes)
     option("sockets", "", "slugs of a single pair, such as fixed=cbct,moving=planning-ct")
     option("log", None, "file to which the log is added", type=Path)
     parser.add_argument("--vector-field", action="store_true", default=os.environ.get("DINOREG_VECTOR_FIELD") == "1",

@@ -20,7 +20,8 @@ from dinoreg.stages import Progress, watched
 def register(fixed: Image, moving: Image, *, fixed_mask: Image | None = None, moving_mask: Image | None = None,
              preset: str | Config = "auto", features: str | None = None, modalities: Sequence[str] = ("", ""),
              initial: npt.ArrayLike | None = "auto", weights: str | Path | None = None, device: str = "auto",
-             threads: int | None = None, time_limit: float | None = None, progress: Progress | None = None) -> Registration:
+             threads: int | None = None, time_limit: float | None = None, max_memory: int | None = None,
+             progress: Progress | None = None) -> Registration:
     """Register one pair. For many, make a ``dinoreg.registration.Registrar``, which loads the weights once.
 
     Args:
@@ -35,6 +36,7 @@ def register(fixed: Image, moving: Image, *, fixed_mask: Image | None = None, mo
         device: "auto", "cpu" or "cuda".
         threads: CPU threads; all if not given.
         time_limit: seconds; when they are over, the refinement ends and the best field so far is the result, with a warning.
+        max_memory: bytes that the process may hold; what needs more is refused before it begins.
         progress: called as ``progress(stage, done, total)``, at the beginning and the end of each stage and as it goes on.
 
     Returns:
@@ -49,7 +51,7 @@ def register(fixed: Image, moving: Image, *, fixed_mask: Image | None = None, mo
     config = chosen_config(preset, features, modalities)
     images = check_images(volumes, names, (modalities[0], modalities[1]), config.modalities, initial=kind_of_start(initial))
     registrar = Registrar(config, weights=Path(weights) if weights else None, device=device, threads=threads,
-                          time_limit=time_limit)
+                          time_limit=time_limit, max_memory=max_memory)
     with watched(progress):
         result = registrar.register(images.fixed, images.moving, fixed_mask=images.fixed_mask, moving_mask=images.moving_mask,
                                     modalities=modalities, initial=initial)

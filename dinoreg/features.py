@@ -55,10 +55,17 @@ class PairFeatures:
             # Where there is no body, features fade to zero: a contour is information; no data at all is the weights' business.
             families.append(tuple(found.values * found.weight for found in view.sample(lattice)))
             shares.append(1.0 / (1 + len(self.views)))
-        scales = [(share / sum(shares)) ** 0.5 * unrelated_distance(a, b, wf, wm).rsqrt()
-                  for share, (a, b) in zip(shares, families, strict=True)]
-        f, m = (torch.cat([family[side] * s for family, s in zip(families, scales, strict=True)]) for side in (0, 1))
-        return FeatureVolume(f, wf), FeatureVolume(m, wm)
+        for share, (a, b) in zip(shares, families, strict=True):
+            scale = (share / sum(shares)) ** 0.5 * unrelated_distance(a, b, wf, wm).rsqrt()
+            a.mul_(scale)
+            b.mul_(scale)
+        sides = [list(side) for side in zip(*families, strict=True)]
+        families.clear()  # no more than three copies of the features of a side at a time
+        volumes = []
+        for side, weight in zip(sides, (wf, wm), strict=True):
+            volumes.append(FeatureVolume(torch.cat(side) if len(side) > 1 else side[0], weight))
+            side.clear()
+        return volumes[0], volumes[1]
 
 
 def unrelated_distance(fixed: Tensor, moving: Tensor, fixed_weight: Tensor, moving_weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinoreg.errors import InputError
+from dinoreg.slabs import slabs
 from dinoreg.volume import Volume
 
 Matrix = npt.NDArray[np.float64]
@@ -58,11 +59,12 @@ def folded(disp: npt.NDArray[np.float32], matrix: Matrix, affine: Matrix) -> npt
     if np.array_equal(matrix, np.eye(4)):
         return disp
     voxels = np.linalg.solve(affine, matrix @ affine)  # A in voxels of the fixed grid
-    index = np.ogrid[tuple(slice(n) for n in disp.shape[1:])]
     total = np.empty_like(disp)
-    for axis in range(3):  # M (x + d) - x, in double precision
-        row = voxels[axis, 3] + sum((voxels[axis, c] - (c == axis)) * index[c] for c in range(3))
-        for c in range(3):
-            row = row + voxels[axis, c] * disp[c]
-        total[axis] = row
+    for slab in slabs(disp.shape[1:]):
+        index = np.ogrid[slab, : disp.shape[2], : disp.shape[3]]
+        for axis in range(3):  # M (x + d) - x, in double precision
+            row = voxels[axis, 3] + sum((voxels[axis, c] - (c == axis)) * index[c] for c in range(3))
+            for c in range(3):
+                row = row + voxels[axis, c] * disp[c, slab]
+            total[axis, slab] = row
     return total

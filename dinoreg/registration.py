@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dinoreg import published
+from dinoreg import compiled, published, slabs
 from dinoreg.align import align
 from dinoreg.basis import FixedBasis, token_provenance
 from dinoreg.cache import TokenCache
@@ -30,12 +31,14 @@ from dinoreg.dino import ProjectedPair, pair_features, placement
 from dinoreg.encoding import EncodedVolume, encode_volume, encoding_key, same_view, upright
 from dinoreg.errors import ConfigError, InputError, OutputError, RegistrationError
 from dinoreg.features import PairFeatures
-from dinoreg.grid import compose, lattice_shape, limited_cell, resize, resize_disp, shape3, unfold
+from dinoreg.grid import compose, lattice_shape, resize, resize_disp, shape3, unfold
 from dinoreg.initial import checked, folded, undone
+from dinoreg.memory import cgroup_limit, resident_bytes
 from dinoreg.pca import token_moments
+from dinoreg.plan import Output, Pair, fitting
 from dinoreg.preprocess import body_mask, grown, on_grid, to_unit_range, valid_region
 from dinoreg.published_features import encode_pair, slice_masks, voxel_features
-from dinoreg.refine import LNCC, FeatureSSD, MutualInformation, Similarity, Sum, refine
+from dinoreg.refine import LNCC, FeatureSSD, MutualInformation, Similarity, Sum, lattices, refine
 from dinoreg.result import Registration
 from dinoreg.slices import PatchEncoder, volume_tokens
 from dinoreg.stages import advance, stage
@@ -63,6 +66,7 @@ class Registrar:
         time_limit: seconds for a pair, from the beginning of ``register``: when they are over, the refinement ends, and the
             result is the best field so far, with a warning. What comes before (features, discrete search) and after (bringing the
             field to the voxels) is always done. Without it, no result depends on the clock.
+        max_memory: bytes that the process may hold; the limit of its control group (cgroup), if there is one, counts as well.
         cache: where encoded volumes are kept. With it, or with a basis, each volume is encoded by itself (see ``by_itself``).
         basis: principal components for all pairs, in place of each pair's own.
 
@@ -72,8 +76,8 @@ class Registrar:
     """
 
     def __init__(self, config: Config, weights: Path | None = None, device: str = "auto", threads: int | None = None,
-                 encoder: PatchEncoder | None = None, time_limit: float | None = None, *, cache: TokenCache | None = None,
-                 basis: FixedBasis | None = None) -> None:
+                 encoder: PatchEncoder | None = None, time_limit: float | None = None, *, max_memory: int | None = None,
+                 cache: TokenCache | None = None, basis: FixedBasis | None = None) -> None:
         if time_limit is not None and not 0 < time_limit < math.inf:
             raise ConfigError(f"the time limit must be a positive number of seconds; got {time_limit}")
         if threads is not None and threads < 1:
@@ -88,6 +92,7 @@ class Registrar:
         self.config = config
         self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         self.time_limit = time_limit
+        self.max_memory = min(filter(None, (max_memory, cgroup_limit())), default=None)
         self.encoder, self.cache, self.basis = encoder, cache, basis
         if (cache or basis) and (config.solver == "published" or "dinov2" not in config.features or config.encoder.axis == "all"):
             raise ConfigError("a cache and a basis are for the tokens of DINOv2, each volume by itself: expected features with "
@@ -118,7 +123,7 @@ class Registrar:
     @torch.no_grad()
     def register(self, fixed: Volume, moving: Volume, *, fixed_mask: Volume | None = None, moving_mask: Volume | None = None,
                  modalities: Sequence[str] = ("", ""), initial: npt.ArrayLike | None = None,
-                 colours: bool = False) -> Registration:
+                 colours: bool = False, output: Output = "") -> Registration:
         """Register a pair.
 
         Args:
@@ -133,8 +138,28 @@ class Registrar:
 
         Raises:
             InputError: an image with non-finite values or without contrast, no overlap, or an unusable initial transform.
-            RegistrationError: the field is not finite, no foreground was found, or memory ran out.
+            RegistrationError: the field is not finite, no foreground was found, or memory is too short or ran out.
         """
+        planned = self._plan(fixed, moving, (fixed_mask, moving_mask), output)
+        with slabs.of(planned["slab_voxels"]):
+            result = self._register(fixed, moving, fixed_mask, moving_mask, modalities, initial, colours)
+        result.info["plan"] = planned
+        return result
+
+    def _plan(self, fixed: Volume, moving: Volume, masks: Sequence[Volume | None], output: Output) -> dict[str, Any]:
+        """The memory that the pair will take, for the report; see ``dinoreg.plan``. Bytes."""
+        pair, gpu = Pair.of(fixed, moving, masks), self.device.type == "cuda"
+        compiled.kernels()  # whose compiler takes 200 MB: part of the program
+        base = max(0, resident_bytes() - pair.held)
+        limit = sys.maxsize if self.max_memory is None else self.max_memory - base
+        found = fitting(self.config, pair, limit, arch=getattr(self.encoder, "arch", None), gpu=gpu, output=output)
+        if gpu and found.gpu_peak > (free := torch.cuda.mem_get_info()[0]):
+            log.warning("about %.1f GiB of GPU memory will be needed, %.1f GiB are free: this may fail", found.gpu_peak / 2**30,
+                        free / 2**30)
+        return {"limit": self.max_memory, "base": base, "slab_voxels": found.slab_voxels, "stages": found.host, "gpu": found.gpu}
+
+    def _register(self, fixed: Volume, moving: Volume, fixed_mask: Volume | None, moving_mask: Volume | None,
+                  modalities: Sequence[str], initial: npt.ArrayLike | None, colours: bool) -> Registration:
         until = math.inf if self.time_limit is None else time.monotonic() + self.time_limit
         stages: dict[str, dict[str, float]] = {}
         warnings: list[str] = []
@@ -328,14 +353,10 @@ class Registrar:
         def tick(done: int, _: float) -> None:
             advance(sum(level["iterations"] for level in history) + done, total)
 
-        found = disp
-        finest = min((factor for factor, _ in config.levels), default=1.0)
-        unit = limited_cell(shape, spacing, finest * min(spacing), config.max_cells) / finest
-        for factor, iterations in config.levels:
+        for lattice, (_, iterations) in zip(lattices(shape, spacing, config), config.levels, strict=True):
             if time.monotonic() > until:  # not even the features of the level are wanted any more
                 history.append(_ran([], iterations))
                 continue
-            lattice = lattice_shape(shape, spacing, factor * unit)
             cell = [n * s / m for n, s, m in zip(shape, spacing, lattice, strict=True)]
             terms: list[tuple[float, Similarity]] = []
             if config.lncc:
@@ -346,7 +367,7 @@ class Registrar:
                 terms.append((config.information, MutualInformation(*pair.images(lattice))))
             disp, losses = refine(Sum(terms), resize_disp(disp, lattice), cell, iterations, rate=config.rate,
                                   regularity=config.regularity, step_sigma=config.step_sigma, damping=config.damping,
-                                  anchor=resize_disp(found, lattice) if config.anchored else None, until=until, progress=tick)
+                                  until=until, progress=tick)
             history.append({"lattice": list(lattice), "cell_mm": [round(c, 3) for c in cell], **_ran(losses, iterations)})
         return disp, history
 

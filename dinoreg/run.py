@@ -11,11 +11,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dinoreg import completion
+from dinoreg import completion, slabs
 from dinoreg.config import Config
 from dinoreg.errors import DinoRegError, InputError, OutputError
 from dinoreg.io import check_writable, write_json
 from dinoreg.jobs import Case, Images, load_case
+from dinoreg.memory import peak_bytes
 from dinoreg.report import failure_record, field_metrics, file_record, one_line, run_record, summary_line
 from dinoreg.result import Registration
 from dinoreg.stages import stage
@@ -111,10 +112,12 @@ class PairRun:
 
     def _write_results(self) -> None:
         case, images, registration, stages, output = self.case, self.images, self.registration, self.stages, self.output
-        with stage("write", stages):
+        planned = registration.info.pop("plan", {})
+        at_a_time = planned.get("slab_voxels", slabs.VOXELS)
+        with slabs.of(at_a_time), stage("write", stages):
             warped = registration.warp(images.moving) if case.warped else None
             files = self._write(case, images, registration, warped)
-        with stage("metrics", stages):
+        with slabs.of(at_a_time), stage("metrics", stages):
             field, scores = field_metrics(registration.disp, images.fixed.spacing), self.truth.scores(registration)
         for warning in (found := [*registration.warnings, *worse(scores)]):
             log.warning("%s: %s", case.name, warning)
@@ -151,6 +154,7 @@ class PairRun:
                     log.warning("%s: %s", case.name, undrawn[-1])
         self.record |= {"inputs": self.inputs, "outputs": [file_record(path, output) for path in files], "stages": stages,
                         "field": field, "scores": scores, "info": registration.info,
+                        "plan": planned | {"measured_peak": peak_bytes()},
                         "warnings": [*registration.warnings, *undrawn],
                         "made_from": completion.made_from(case, self.inputs, self.shared)}
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 VOXELS = 2_000_000  # of a slab: three coordinates in double precision are 48 MB
+_voxels: ContextVar[int | None] = ContextVar("voxels", default=None)
+
+
+@contextmanager
+def of(voxels: int) -> Iterator[None]:
+    """Have slabs of another size within: results are the same."""
+    token = _voxels.set(voxels)
+    try:
+        yield
+    finally:
+        _voxels.reset(token)
 
 
 def slabs(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices of the first of three axes that follow one another, each of at most ``VOXELS`` voxels or of one plane."""
-    rows = max(1, VOXELS // max(1, shape[1] * shape[2]))
+    """Slices of the first of three axes that follow one another, of one plane or of at most ``VOXELS`` voxels (or as many as
+    :func:`of` says)."""
+    rows = max(1, (_voxels.get() or VOXELS) // max(1, shape[1] * shape[2]))
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
 

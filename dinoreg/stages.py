@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import re
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from contextvars import ContextVar
 import torch
 
 from dinoreg.errors import RegistrationError
+from dinoreg.memory import give_back, peak_bytes
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ def stage(name: str, stages: dict[str, dict[str, float]]) -> Iterator[None]:
                                 "take a smaller encoder, or resample the images to a coarser grid") from error
     finally:
         _stage.reset(token)
+        give_back()
     stages[name] = {"seconds": round(time.monotonic() - start, 3), "peak_rss_mb": peak_memory_mb()}
     if torch.cuda.is_available():
         stages[name]["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
@@ -80,4 +81,4 @@ def stage(name: str, stages: dict[str, dict[str, float]]) -> Iterator[None]:
 
 def peak_memory_mb() -> float:
     """The most memory that this process has held so far, in MiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    return round(peak_bytes() / 2**20, 1)

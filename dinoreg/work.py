@@ -23,7 +23,7 @@ class Order:
     """How all pairs of a list are registered; two that are equal give equal results.
 
     Attributes:
-        config, weights, device, threads, time_limit: see :class:`dinoreg.registration.Registrar`.
+        config, weights, device, threads, time_limit, max_memory: see :class:`dinoreg.registration.Registrar`.
         initial: rows of the affine start of all pairs; "auto", or None for none.
         confidence: also write the confidence.
         cache, cache_bytes: folder of encoded volumes, and how large it may grow; None for no cache.
@@ -35,6 +35,7 @@ class Order:
     device: str = "auto"
     threads: int | None = None
     time_limit: float | None = None
+    max_memory: int | None = None
     initial: tuple[tuple[float, ...], ...] | str | None = None
     confidence: bool = False
     cache: Path | None = None
@@ -50,7 +51,7 @@ class Worker:
         basis = load_basis(order.basis) if order.basis else None
         self.order = order
         self.registrar = Registrar(order.config, weights=order.weights, device=order.device, threads=order.threads,
-                                   time_limit=order.time_limit, cache=cache, basis=basis)
+                                   time_limit=order.time_limit, max_memory=order.max_memory, cache=cache, basis=basis)
         self.shared = recipe(order.config, self.registrar.engine, {"confidence": order.confidence, "time_limit": order.time_limit,
                                                                        "initial": order.initial})
 
@@ -61,7 +62,7 @@ class Worker:
         def register(case: Case, images: Images) -> Registration:
             return self.registrar.register(images.fixed, images.moving, fixed_mask=images.fixed_mask,
                                            moving_mask=images.moving_mask, modalities=case.modalities, initial=order.initial,
-                                           colours=True)
+                                           colours=True, output="all")
 
         def write(case: Case, images: Images, registration: Registration, warped: Volume | None) -> list[Path]:
             return registration.save(folder, images.moving, warped=warped, confidence=order.confidence)

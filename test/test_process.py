@@ -206,11 +206,11 @@ def test_masks_beside_the_images_reach_the_engine(tmp_path: Path) -> None:
 def test_options_reach_the_engine(tmp_path: Path) -> None:
     registrar = StubRegistrar()
     options = ["--preset", "generic", "--features", "mind", "--weights", "w", "--device", "cpu", "--threads", "2",
-               "--time-limit", "60"]
+               "--time-limit", "60", "--max-memory", "8G"]
     assert _run(_dataset(tmp_path / "in"), tmp_path / "out", *options, registrar=registrar) == 0
     assert registrar.options.pop("config").features == "mind"
     assert "features mind in place of the preset's" in _report(tmp_path / "out")["warnings"][0]
-    assert registrar.options == {"weights": Path("w"), "device": "cpu", "threads": 2, "time_limit": 60.0}
+    assert registrar.options == {"weights": Path("w"), "device": "cpu", "threads": 2, "time_limit": 60.0, "max_memory": 2**33}
 
 
 def test_preset_follows_the_data_set_unless_it_is_chosen(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from dinoreg import draw, metrics
 from dinoreg.config import IntensityConfig
+from dinoreg.initial import folded
 from dinoreg.preprocess import body_mask, on_grid, to_unit_range
 from dinoreg.report import field_metrics
 from dinoreg.result import Registration
@@ -46,6 +47,7 @@ WAYS: dict[str, Callable[[Path], Any]] = {
     "resampled": lambda _: on_grid(IMAGE, Volume(DISP[0], HEADER)),
     "scaled": lambda _: to_unit_range(noise(*SHAPE), "MR", IntensityConfig()),
     "body": lambda _: body_mask(noise(*SHAPE), np.ones(SHAPE, dtype=bool)),
+    "folded": lambda _: folded(DISP, affine((1.1, 1.0, 0.9), "RAS", 5.0), HEADER),
     "field in mm": lambda folder: written(folder / "f.mha", lambda path: write_field_mm(path, DISP, HEADER)),
     "composite": lambda folder: written(folder / "t.h5", lambda path: write_composite(path, DISP, HEADER, np.eye(4))),
 }

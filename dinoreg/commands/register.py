@@ -56,6 +56,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; all by default")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="for a pair; when they are over, its best "
                         "field so far is the result, with a warning")
+    parser.add_argument("--max-memory", metavar="SIZE", help="memory that may be held, such as 8G; a container's limit counts "
+                        "by itself")
     parser.add_argument("--confidence", action="store_true", help="also write confidence.nii.gz: 0 where the match is ambiguous, "
                         "towards 1 where one place is clearly best")
     parser.add_argument("--resume", action="store_true", help="leave pairs alone that an earlier run finished, from the same "
@@ -92,6 +94,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from dinoreg.api import chosen_config, kind_of_start
     from dinoreg.cohort import PATHS, read_pairs, shard_of, shard_range, table_names
     from dinoreg.io import check_writable, remove
+    from dinoreg.memory import parse_bytes
     from dinoreg.work import Order
 
     given = any(getattr(arguments, role) for role in PATHS)
@@ -125,7 +128,9 @@ def _run(arguments: argparse.Namespace) -> None:
         remove(paths)
     start = initial if initial is None or isinstance(initial, str) else tuple(map(tuple, initial.tolist()))
     order = Order(config, weights=arguments.weights, device=arguments.device, threads=arguments.threads,
-                  time_limit=arguments.time_limit, initial=start, confidence=arguments.confidence, cache=arguments.cache,
+                  time_limit=arguments.time_limit,
+                  max_memory=parse_bytes(arguments.max_memory) if arguments.max_memory else None, initial=start,
+                  confidence=arguments.confidence, cache=arguments.cache,
                   cache_bytes=int(arguments.cache_size * 2**30), basis=arguments.basis)
     spare = [path for path in (arguments.pairs, arguments.basis) if path]
     if kind_of_start(initial) == "given":
