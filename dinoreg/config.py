@@ -110,16 +110,17 @@ class DiscreteConfig:
 class RefineConfig:
     """The continuous stage."""
 
-    levels: tuple[tuple[float, int], ...] = ((2, 60), (1, 40))  # (cell in the smallest voxel spacing, iterations)
+    levels: tuple[tuple[float, int], ...] = ((2, 60), (1, 30))  # (cell in the smallest voxel spacing, iterations)
     max_cells: int = 16_000_000  # of the finest level; where it would have more, the cells of all levels are larger by one factor
     lncc: float = 0.0  # weight of the local cross-correlation of intensities: where modalities match
     features: float = 1.0  # weight of the squared feature difference: where they do not
     information: float = 0.0  # weight of the mutual information of intensities: between CT and MR, beside features
-    window: int = 7  # cells, width of the local cross-correlation's window
+    window: int = 5  # cells, width of the local cross-correlation's window
     rate: float = 0.25  # cells a step
-    regularity: float = 0.5  # weight of the diffusion energy against the data term
-    step_sigma: float = 1.0  # cells, Gaussian smoothing of a step
-    damping: float = 0.01  # in units of the data term a cell: slopes well below it move little
+    regularity: float = 1.0  # weight of the diffusion energy against the data term
+    anchored: bool = True  # only what is added to the discrete stage's field costs energy: large motion is not pulled back
+    step_sigma: float = 2.0  # cells, Gaussian smoothing of a step
+    damping: float = 0.05  # in units of the data term a cell: slopes well below it move little
 
     def __post_init__(self) -> None:
         _require(all(cell >= 0.5 and isinstance(iterations, int) and iterations >= 0 for cell, iterations in self.levels),
@@ -267,17 +268,21 @@ PRESETS: dict[str, Config] = {
     config.preset: config
     for config in (
         Config("generic"),
-        # The window of the encoder is the published one; refinement on intensities, which CT and CBCT share but for scatter.
+        # The window of the encoder is the published one; refinement on intensities, which CT and CBCT share but for scatter. The
+        # discrete field of a noisy CBCT is no anchor.
         Config("thorax-cbct", modalities=("CBCT", "CT"), encoder_intensity=IntensityConfig((-1350.0, 150.0), (-1350.0, 150.0)),
                discrete=DiscreteConfig(levels=((48, 2, 6),)),
-               refine=RefineConfig(levels=((4, 60), (2, 60), (1, 30)), lncc=1.0, features=0.0, regularity=2.0)),
+               refine=RefineConfig(levels=((4, 60), (2, 60), (1, 30)), lncc=1.0, features=0.0, window=3,
+                                   anchored=False)),
         # MIND needs no window and loses by a narrow one; the encoder sees soft tissue, as published.
         Config("abdomen-mrct", modalities=("MR", "CT"), intensity=IntensityConfig(ct_window=(-1000.0, 1000.0)),
                encoder_intensity=IntensityConfig(ct_window=(-150.0, 250.0), percentiles=(0.0, 97.0)),
-               discrete=DiscreteConfig(levels=((48, 2, 6), (96, 3, 4), (96, 2, 3))), refine=RefineConfig(information=0.2)),
-        # Local cross-correlation sees any locally linear relation, an inverted contrast (T1 to T2) too.
+               discrete=DiscreteConfig(levels=((48, 2, 6), (96, 3, 4), (96, 2, 3))), refine=RefineConfig(information=0.4)),
+        # Local cross-correlation sees any locally linear relation, an inverted contrast (T1 to T2) too. Folded cortex needs finer
+        # steps than organs.
         Config("brain-mr", modalities=("MR", "MR"), discrete=DiscreteConfig(levels=((48, 2, 6),)),
-               refine=RefineConfig(levels=((4, 60), (2, 60), (1, 40)), lncc=1.0, features=0.0)),
+               refine=RefineConfig(levels=((4, 60), (2, 60), (1, 30)), lncc=1.0, features=0.0, anchored=False, regularity=0.5,
+                                   step_sigma=1.0)),
         # The released AbdomenMRCT script, made for 192 x 160 x 192 voxels of 2 mm: for comparisons, never chosen by itself.
         Config("published", modalities=("MR", "CT"), features="dinov2", solver="published",
                encoder_intensity=IntensityConfig((-150.0, 250.0), (-1350.0, 150.0), (0.0, 97.0)),

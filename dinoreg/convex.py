@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dinoreg import compiled
-from dinoreg.grid import Shape, apply_axes, area_matrix, box_matrix, shape3, warp
+from dinoreg.grid import Shape, apply_axes, area_matrix, box_matrix, gaussian_matrix, shape3, warp
 
 COUPLING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # published schedule, for a cost of order 1 and distances in coarse cells
 CLEAR_CELLS, CLEAR_COST = 1.5, 0.1  # see ``confidence``
+AMBIGUOUS = 0.02  # what a match without any confidence weighs in ``settled``, against 1
 UNKNOWN = 0.1  # share of a cell that counts as compared with unrelated tissue (cost 1): decides where little overlaps
 
 
@@ -152,6 +153,15 @@ def inverse_consistent(forward: Tensor, backward: Tensor, iterations: int = 15) 
     return forward, backward
 
 
+def settled(disp: Tensor, clear: Tensor) -> Tensor:
+    """A field (3, i, j, k) averaged over about a cell, each cell by its confidence (i, j, k): a match that is ambiguous gives way
+    to clear ones beside it, and where all are alike nothing but a little smoothing happens (normalised convolution, Knutsson and
+    Westin 1993)."""
+    blur = [gaussian_matrix(n, 1.0) for n in shape3(disp)]
+    weight = clear + AMBIGUOUS
+    return apply_axes(disp * weight, blur) / apply_axes(weight, blur)
+
+
 def discrete(fixed: FeatureVolume, moving: FeatureVolume, half_width: int, coarse: Shape,
              consistency_iterations: int) -> tuple[Tensor, float, Tensor]:
     """Register in both directions.
@@ -177,4 +187,4 @@ def discrete(fixed: FeatureVolume, moving: FeatureVolume, half_width: int, coars
     if consistency_iterations:
         backward = coupled_convex(cost_volume(moving, fixed, half_width, coarse), steps)
         forward, _ = inverse_consistent(forward, backward, consistency_iterations)
-    return forward, saturated, clear
+    return settled(forward, clear), saturated, clear

@@ -281,6 +281,7 @@ def correlation(low: int, high: int, means: Any, fixed_mean: Any, fixed_var: Any
                 mean = one[k]
                 variance = max(two[k] - mean * mean, np.float32(0)) + floor
                 covariance = three[k] - f[k] * mean
+                covariance += floor if covariance >= 0 else -floor
                 a = wf[k] * wm[k] * covariance / (var_f[k] * variance)
                 ab = a * covariance / variance
                 sum_plane += a * covariance

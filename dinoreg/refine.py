@@ -98,7 +98,8 @@ class LNCC:
     """Negative squared local cross-correlation of intensities over a cubic window (Avants et al. 2008).
 
     With window means F, M and window (co)variances: ``cc = cov(f, m)^2 / (var f var m)``, 1 where one image is locally a linear
-    function of the other. Windows without contrast count as uncorrelated.
+    function of the other. ``FLOOR`` is added to both variances and to the size of the covariance: two windows without contrast
+    match, one without and one with contrast do not, and equal images are at their optimum where they are.
     """
 
     FLOOR = 1e-5  # variance below which a window has no contrast, intensities in [0, 1]: a standard deviation of 0.3 %
@@ -123,6 +124,7 @@ class LNCC:
             mean, square, product = means
             variance = (square - mean.square()).clamp_min(0) + self.FLOOR
             covariance = product - self.fixed_mean * mean
+            covariance = covariance + torch.where(covariance >= 0, self.FLOOR, -self.FLOOR)
             a = self.fixed_weight * moving_weight * covariance / (self.fixed_var * variance)
             ab = a * covariance / variance
             cc = total(a * covariance) / moving.numel()
@@ -211,7 +213,7 @@ def laplacian(disp: Tensor, stretch: Sequence[float]) -> Tensor:
 
 
 def refine(similarity: Similarity, disp: Tensor, spacing: Sequence[float], iterations: int, *, rate: float, regularity: float,
-           step_sigma: float, damping: float, until: float = math.inf,
+           step_sigma: float, damping: float, anchor: Tensor | None = None, until: float = math.inf,
            progress: Callable[[int, float], None] | None = None) -> tuple[Tensor, list[float]]:
     """Run Adam on one lattice.
 
@@ -229,6 +231,7 @@ def refine(similarity: Similarity, disp: Tensor, spacing: Sequence[float], itera
         regularity: weight of the diffusion energy against the data term.
         step_sigma: Gaussian smoothing of each step, in the smallest cell size.
         damping: added to Adam's denominator: gradients well below it move little.
+        anchor: a field (3, i, j, k), cells, from which differences cost diffusion energy; the whole field costs it without.
         until: of ``time.monotonic()``; no step is begun that would end after it, by the mean length of those before.
         progress: called with the iteration and its loss.
 
@@ -252,13 +255,14 @@ def refine(similarity: Similarity, disp: Tensor, spacing: Sequence[float], itera
             break
         loss, slope = similarity.gradient(disp)
         losses.append(float(loss))
+        added = disp if anchor is None else disp - anchor
         if compiled.usable(disp, slope):
             weights = [[regularity * a**2 / c for a in stretch] for c in stretch]
-            bending = -sum(e / c for e, c in zip(compiled.bend(slope, disp, stretch, weights), stretch, strict=True))
+            bending = -sum(e / c for e, c in zip(compiled.bend(slope, added, stretch, weights), stretch, strict=True))
             compiled.adam(slope, first, second, t, (0.9, 0.99), [rate * c for c in stretch], damping)
             step = slope
         else:
-            in_h = disp / to_cells  # the field in units of h
+            in_h = added / to_cells  # in units of h
             bend = laplacian(in_h, stretch)
             bending = -regularity * float(total(in_h * bend))
             slope = slope * to_cells - regularity * bend  # by the field in units of h

@@ -353,6 +353,7 @@ class Registrar:
         def tick(done: int, _: float) -> None:
             advance(sum(level["iterations"] for level in history) + done, total)
 
+        found = disp
         for lattice, (_, iterations) in zip(lattices(shape, spacing, config), config.levels, strict=True):
             if time.monotonic() > until:  # not even the features of the level are wanted any more
                 history.append(_ran([], iterations))
@@ -367,7 +368,7 @@ class Registrar:
                 terms.append((config.information, MutualInformation(*pair.images(lattice))))
             disp, losses = refine(Sum(terms), resize_disp(disp, lattice), cell, iterations, rate=config.rate,
                                   regularity=config.regularity, step_sigma=config.step_sigma, damping=config.damping,
-                                  until=until, progress=tick)
+                                  anchor=resize_disp(found, lattice) if config.anchored else None, until=until, progress=tick)
             history.append({"lattice": list(lattice), "cell_mm": [round(c, 3) for c in cell], **_ran(losses, iterations)})
         return disp, history
 

@@ -19,6 +19,7 @@ from dinoreg.convex import (
     coupled_convex,
     discrete,
     inverse_consistent,
+    settled,
 )
 from dinoreg.grid import Shape, apply_axes, compose, gaussian_matrix
 
@@ -227,6 +228,16 @@ def test_a_constant_contradiction_is_met_half_way() -> None:
     forward, backward = inverse_consistent(torch.full((3, 6, 6, 6), 3.0), torch.full((3, 6, 6, 6), -1.0), 15)
     torch.testing.assert_close(forward, torch.full((3, 6, 6, 6), 2.0))
     torch.testing.assert_close(backward, torch.full((3, 6, 6, 6), -2.0))
+
+
+def test_an_ambiguous_match_gives_way_to_clear_ones_beside_it_and_not_the_other_way() -> None:
+    disp, clear = torch.zeros(3, 9, 8, 7), torch.full((9, 8, 7), 0.8)
+    disp[:, 4, 4, 3] = 10.0
+    clear[4, 4, 3] = 0.0
+    # it weighs .02 against .8 of each of its neighbours, of which a Gaussian of one cell counts about 15
+    assert 0 < float(settled(disp, clear).max()) < 0.05
+    constant = torch.full((3, 9, 8, 7), 2.5)
+    torch.testing.assert_close(settled(constant, clear), constant)
 
 
 def test_motion_at_the_edge_of_the_search_is_noticed() -> None:

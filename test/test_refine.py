@@ -58,6 +58,7 @@ def terms(around: Tensor) -> dict[str, tuple[Similarity, Callable[[Tensor], Tens
     def lncc(disp: Tensor) -> Tensor:
         moved = warp(m[None], disp)[0]
         cov = mean(f * moved) - mean(f) * mean(moved)
+        cov = cov + LNCC.FLOOR * torch.where(cov >= 0, 1, -1)
         var_f, var_m = mean(f * f) - mean(f) ** 2, mean(moved * moved) - mean(moved) ** 2
         return -weight * cov**2 / ((var_f + LNCC.FLOOR) * (var_m + LNCC.FLOOR))
 
@@ -103,12 +104,13 @@ def test_lncc_sees_no_locally_linear_change_of_intensity_and_no_inversion() -> N
     assert float(unrelated) > -0.3  # about one over the number of independent values in a window
 
 
-def test_flat_windows_neither_match_nor_pull() -> None:
+def test_flat_windows_match_one_another_and_do_not_pull() -> None:
     flat, ones = torch.full(SHAPE, 0.7), torch.ones(SHAPE)
-    for fixed, moving in ((flat, flat), (flat, image(*SHAPE)), (image(*SHAPE), flat)):
+    for fixed, moving, expected in ((flat, flat, -1.0), (flat, image(*SHAPE), 0.0), (image(*SHAPE), flat, 0.0)):
         loss, slope = LNCC(fixed, moving, ones, ones, 5).gradient(torch.zeros(3, *SHAPE))
-        # 0.7^2 is known to 3e-8, so variances are known to 1e-7: a hundredth of the floor
-        assert abs(float(loss)) < 1e-3 and float(slope.abs().max()) < 1e-2
+        # a flat window and one of contrast v: floor / v, a thousandth. 0.7^2 is known to 3e-8, so covariances are known to 1e-7
+        # and those of two flat windows to a hundredth of the floor
+        assert float(loss) == pytest.approx(expected, abs=0.03) and float(slope.abs().max()) < 0.05
 
 
 def test_cells_without_weight_do_not_count() -> None:
@@ -245,6 +247,13 @@ def test_nothing_but_the_regulariser_flattens_a_field() -> None:
     assert float(disp.diff(dim=1).square().mean()) < 0.3 * float(start.diff(dim=1).square().mean())
 
 
+def test_an_anchor_is_not_flattened() -> None:
+    """The diffusion energy is that of the difference from the anchor: with nothing added there is no slope, to the bit."""
+    start = smooth_disp((16, 14, 12), 2.0)
+    disp, _ = refine(Constant((0.0, 0.0, 0.0)), start, (1.0, 1.0, 2.0), 60, **{**SETTINGS, "regularity": 5.0}, anchor=start)
+    assert torch.equal(disp, start)
+
+
 def test_no_iterations_leave_the_start_as_it_is() -> None:
     start = smooth_disp(SHAPE, 2.0)
     disp, losses = refine(Constant((1.0, 1.0, 1.0)), start, (1.0, 1.0, 1.0), 0, **SETTINGS)
@@ -282,12 +291,12 @@ def test_a_smooth_warp_is_recovered_without_folds(kind: str, left: float) -> Non
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(("kind", "inside", "border"), [("ssd", 0.005, 0.005), ("lncc", 0.02, 0.05)])
-def test_equal_images_stay_where_they_are(kind: str, inside: float, border: float) -> None:
-    """SSD moves by rounding alone. To LNCC, by its floor of the variance, a little more contrast looks like more correlation."""
+@pytest.mark.parametrize("kind", ["ssd", "lncc"])
+def test_equal_images_stay_where_they_are(kind: str) -> None:
+    """They move by rounding alone, whose slopes are far below the damping."""
     moving = texture(3, 20, 17, 22)
     disp, _ = refine(registration_term(kind, moving, moving), torch.zeros(3, 20, 17, 22), (1.0, 1.0, 1.0), 30, **SETTINGS)
-    assert disp.abs().max() < border and disp[:, 3:-3, 3:-3, 3:-3].abs().max() < inside
+    assert disp.abs().max() < 0.005
 
 
 def test_the_length_of_a_shift_is_not_biased() -> None:

@@ -173,12 +173,12 @@ def test_what_a_mask_leaves_out_does_not_pull() -> None:
     broken[18:] = picture(header, moved_mm=50.0).array[18:]  # another part of the world
     mask = np.zeros(SHAPE, dtype=np.uint8)
     mask[:15] = 1  # a mask is grown by 3 voxels
-    config = dataclasses.replace(CONFIG, refine=dataclasses.replace(REFINE, regularity=1.0))
+    config = dataclasses.replace(CONFIG, refine=dataclasses.replace(REFINE, regularity=1.0, anchored=False))
     free, kept = (register(fixed, Volume(broken, header), config, moving_mask=m).disp for m in (None, Volume(mask, header)))
     truth = np.array(SHIFT)[:, None, None, None]
     without, with_mask = (np.linalg.norm(disp - truth, axis=0)[:, 4:-4, 4:-4] for disp in (free, kept))
-    # beyond the mask the field goes on as it is inside
-    assert with_mask[18:].mean() < 0.8 and without[18:].mean() > 2
+    # beyond the mask the field goes on much as it is inside
+    assert with_mask[18:].mean() < 1.5 and without[18:].mean() > 2
     assert with_mask[3:10].mean() < 0.15
 
 
