@@ -269,7 +269,8 @@ def test_the_seeded_encoder_reaches_the_engine(tmp_path: Path, monkeypatch: pyte
 
     seen: list[Any] = []
     monkeypatch.setattr(process, "main", lambda arguments, factory: seen.extend([arguments, factory]) or 0)
-    options = argparse.Namespace(input=tmp_path, output=tmp_path, features="dinov2+mind", encoder="vits14_reg4:3", threads=1)
+    options = argparse.Namespace(input=tmp_path, output=tmp_path, features="dinov2+mind", encoder="vits14_reg4:3", threads=1,
+                                 by_itself=False)
     assert register_pair.register_dinoreg(options)[0] == 0
     arguments, factory = seen
     assert isinstance(factory, functools.partial)

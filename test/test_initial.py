@@ -75,7 +75,7 @@ def test_a_motion_of_the_voxels_given_as_the_start_is_part_of_the_field() -> Non
     matrix = np.eye(4)
     matrix[:3, 3] = motion_mm(header)
     found = register(picture(header), picture(header, moved_mm=motion_mm(header)), initial=matrix)
-    assert np.median(errors(found.disp, SHIFT)) < 0.1
+    assert np.median(errors(found.disp, SHIFT)) < 0.15  # of a voxel: 3 to 4 voxels of motion were taken away before
 
 
 def test_without_a_start_nothing_changes() -> None:

@@ -223,7 +223,7 @@ def test_folds_are_kept_with_the_quirk_and_repaired_without(monkeypatch: pytest.
     pair = phantom_pair()
     folded = torch.zeros(3, *pair[0].shape)
     folded[0, 20] = 6.0  # every plane after it lies before it
-    monkeypatch.setattr(published, "refine", lambda *arguments: (folded, []))
+    monkeypatch.setattr(published, "refine", lambda *arguments: (folded, [1.0] * SMALL.published.iterations))
     for quirk in (True, False):
         config = replace(SMALL, quirks=replace(SMALL.quirks, folds_kept=quirk))
         result = Registrar(config, encoder=PatchCodes()).register(*pair)

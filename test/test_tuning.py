@@ -63,5 +63,5 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL):
         exec(compile(block, "docs/tuning.md", "exec"), names)
-    assert isinstance(names["result"], Registration) and names["config"].refine.regularity == 1.0
+    assert isinstance(names["result"], Registration) and names["config"].refine.regularity == 2.0
     assert names["registrar"].encoder.arch == "mae_vitb16" and names["registrar"].encoder.patch == 16
