@@ -172,6 +172,8 @@ def _refine(config: Config, pair: Pair, gpu: bool) -> int:
     most that is made on the way in one step, or when the features are made."""
     channels, wide = _channels(config), -(-_channels(config) // 8) * 8  # on a CPU, channels of zeros fill vector registers
     kept, made, built = 21, 18 if gpu else 9, 0
+    if config.refine.anchored:
+        kept += 6  # the anchor, and what is added to it
     if config.refine.lncc:
         kept, made = kept + 6, max(made, 25 if gpu else 14)
     if config.refine.features:
