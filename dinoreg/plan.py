@@ -25,6 +25,7 @@ from dinoreg.volume import Volume
 GIB = 2**30
 SMALLER = 8  # how much smaller slabs get where memory is short
 SLAB_BYTES = 24  # a voxel of a slab: three coordinates in double precision; some steps hold several of these
+LATER = 100 * 2**20  # libraries that load on the way, and what allocators keep, as measured
 PICTURE_VOXELS = 16_000_000  # see ``dinoreg.draw``
 
 Output = str  # "field": Learn2Reg; "mha": a single pair; "all": everything that ``Registration.save`` writes; "": nothing
@@ -124,7 +125,7 @@ def plan(config: Config, pair: Pair, *, arch: str | None = None, gpu: bool = Fal
     host["finish"] = pair.held + field + (0 if gpu else coarse + voxels + 3 * slab)
     device["finish"] = weights + field + coarse + voxels + 3 * slab
     host |= _output(pair, pair.held + field, slab, output)
-    return Plan(host, device if gpu else {}, slab_voxels)
+    return Plan({name: LATER + needed for name, needed in host.items()}, device if gpu else {}, slab_voxels)
 
 
 def _channels(config: Config) -> int:
