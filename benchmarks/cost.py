@@ -67,8 +67,9 @@ def ours(fixed: Tensor, moving: Tensor, spacing: int, half_width: int, iteration
     shape = shape3(fixed)
     half: Shape = tuple(n // ADAM_SPACING for n in shape)  # type: ignore[assignment]
     down = [area_matrix(n, m) for n, m in zip(shape, half, strict=True)]
-    a, b = (apply_axes(x, down).mul_(PER_CHANNEL**0.5) for x in (fixed, moving))
-    disp, _ = published.refine(a, b, resize_disp(disp, half), config, QUIRKS)
+    halved = (apply_axes(x, down).mul_(PER_CHANNEL**0.5) for x in (fixed, moving))
+    disp = resize_disp(disp, half)
+    disp, _ = published.refine(halved, disp, config, QUIRKS)
     return resize_disp(disp, shape)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -146,12 +146,13 @@ def discrete(fixed: Tensor, moving: Tensor, config: PublishedConfig, quirks: Qui
     return apply_axes(forward * config.pool, [up for _, up in ways]), saturated
 
 
-def refine(fixed: Tensor, moving: Tensor, disp: Tensor, config: PublishedConfig,
-           quirks: QuirksConfig, until: float = math.inf) -> tuple[Tensor, list[float]]:
+def refine(features: Iterable[Tensor], disp: Tensor, config: PublishedConfig, quirks: QuirksConfig,
+           until: float = math.inf) -> tuple[Tensor, list[float]]:
     """Adam on a vector a voxel, smoothed before it is used.
 
     Args:
-        fixed, moving: features (c, i, j, k) at the voxels.
+        features: of the fixed and the moving volume (c, i, j, k) at the voxels. Each is laid out anew as it comes: what the
+            caller does not hold is never there twice.
         disp: start (3, i, j, k), voxels. It is smoothed as well.
         until: of ``time.monotonic()``; after it no iteration is begun.
 
@@ -165,8 +166,12 @@ def refine(fixed: Tensor, moving: Tensor, disp: Tensor, config: PublishedConfig,
     smooth = [box_matrix(n, config.box_width, config.boxes, quirks.zero_border).to(disp.device) for n in shape3(disp)]
     adjoint = [matrix.T.contiguous() for matrix in smooth]
     vectors, first, second = disp.clone(), torch.zeros_like(disp), torch.zeros_like(disp)
-    fast = compiled.usable(fixed, moving, disp)
-    data = _compiled_data(fixed, moving, quirks) if fast else partial(_data, fixed, moving, quirks)
+    fast = compiled.usable(disp)
+    if fast:
+        data = _compiled_data(iter(features), quirks)
+    else:
+        fixed, moving = features
+        data = partial(_data, fixed, moving, quirks)
     losses = []
     for t in range(1, config.iterations + 1):
         if time.monotonic() > until:
@@ -199,11 +204,13 @@ def refine(fixed: Tensor, moving: Tensor, disp: Tensor, config: PublishedConfig,
     return disp, losses
 
 
-def _compiled_data(fixed: Tensor, moving: Tensor, quirks: QuirksConfig) -> Callable[[Tensor], tuple[float, Tensor]]:
+def _compiled_data(features: Iterator[Tensor], quirks: QuirksConfig) -> Callable[[Tensor], tuple[float, Tensor]]:
     """``_data`` of a pair, which is laid out for it once."""
-    margin = int(quirks.zero_border)
-    f, m = compiled.channels_last(fixed), compiled.channels_last(moving, margin)
-    weights = f.new_full(f.shape[:3], 1 / fixed.numel()), m.new_ones(m.shape[:3])
+    fixed = next(features)
+    f, count = compiled.channels_last(fixed), fixed.numel()
+    del fixed
+    m = compiled.channels_last(next(features), int(quirks.zero_border))
+    weights = f.new_full(f.shape[:3], 1 / count), m.new_ones(m.shape[:3])
     return lambda disp: compiled.ssd(f, m, *weights, disp, _place(disp, quirks))
 
 

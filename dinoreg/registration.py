@@ -343,8 +343,9 @@ class Registrar:
                 until: float) -> tuple[Tensor, list[dict[str, Any]]]:
         """The field on the finest lattice that there was time for, and what happened on each."""
         if self.config.solver == "published":
-            features = voxel_features(pair, self.config.quirks)
-            disp, losses = published.refine(*features, disp, self.config.published, self.config.quirks, until)
+            voxels = list(voxel_features(pair, self.config.quirks))
+            features = (voxels.pop(0) for _ in range(2))  # so that nobody holds what has been taken
+            disp, losses = published.refine(features, disp, self.config.published, self.config.quirks, until)
             return disp, [{"lattice": list(shape3(disp)), **_ran(losses, self.config.published.iterations)}]
         config, shape = self.config.refine, shape3(pair.fixed)
         history: list[dict[str, Any]] = []

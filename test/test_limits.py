@@ -76,7 +76,7 @@ def test_nothing_finite_at_the_start_is_an_error() -> None:
         ran(Pull(broken=1, loss=math.nan))
     bad = torch.full((1, *SHAPE), math.nan)
     with pytest.raises(RegistrationError, match="not finite"):
-        published.refine(bad, bad, torch.zeros(3, *SHAPE), PublishedConfig(iterations=2), QuirksConfig())
+        published.refine((bad, bad), torch.zeros(3, *SHAPE), PublishedConfig(iterations=2), QuirksConfig())
 
 
 def test_steps_that_lead_astray_are_not_the_result() -> None:
@@ -115,7 +115,7 @@ def test_no_time_at_all_leaves_the_start() -> None:
 def test_the_published_solver_looks_at_the_clock_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     ticking(monkeypatch, published)
     f, m = torch.rand(2, 2, *SHAPE, generator=torch.Generator().manual_seed(0)).unbind(0)
-    _, losses = published.refine(f, m, torch.zeros(3, *SHAPE), PublishedConfig(iterations=9), QuirksConfig(), until=4.0)
+    _, losses = published.refine((f, m), torch.zeros(3, *SHAPE), PublishedConfig(iterations=9), QuirksConfig(), until=4.0)
     assert len(losses) == 4
 
 

@@ -5,6 +5,8 @@ The oracle is ``released.py``, a plain re-implementation. Both get the same toke
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from dataclasses import fields
 
 import numpy as np
@@ -15,7 +17,7 @@ from fake_encoder import PatchMeans, affine
 from published_cases import PRESET, SMALL, TOKENS, PatchCodes, phantom_pair, principal_sines, smooth_noise
 
 from dinoreg import published
-from dinoreg.config import PRESETS, Config, QuirksConfig, auto_preset
+from dinoreg.config import PRESETS, Config, PublishedConfig, QuirksConfig, auto_preset
 from dinoreg.errors import ConfigError, InputError
 from dinoreg.features import PairFeatures
 from dinoreg.grid import apply_axes
@@ -73,7 +75,7 @@ def test_subspace_features_and_fields_are_those_of_the_plain_formulas() -> None:
     expected_start = released.discrete(f.double().numpy(), m.double().numpy(), 6, 4, 15)
     # float32 against float64 on a field of up to 24 voxels
     np.testing.assert_allclose(start.numpy(), expected_start, atol=2e-5)
-    disp, losses = published.refine(f, m, start, SMALL.published, SMALL.quirks)
+    disp, losses = published.refine((f, m), start, SMALL.published, SMALL.quirks)
     expected = released.adam(f.numpy(), m.numpy(), start.numpy(), 10, 3.0, 2.0)
     # Adam divides by the size of the slope and so enlarges the rounding of float32 where it is small.
     difference = np.abs(disp.numpy() - expected)
@@ -165,3 +167,15 @@ def test_a_volume_thinner_than_a_cell_is_refused() -> None:
     flat = torch.zeros(2, 20, 20, 5)
     with pytest.raises(InputError, match="averages over 6 voxels"):
         published.discrete(flat, flat, PRESET.published, ALL)
+
+
+def test_features_are_let_go_as_they_are_laid_out() -> None:
+    held = [torch.rand(4, 12, 12, 12) for _ in range(2)]
+    first = weakref.ref(held[0])
+
+    def features() -> Iterator[torch.Tensor]:
+        yield held.pop(0)
+        assert first() is None
+        yield held.pop(0)
+
+    published.refine(features(), torch.zeros(3, 12, 12, 12), PublishedConfig(iterations=1), QuirksConfig())

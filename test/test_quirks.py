@@ -40,7 +40,7 @@ def test_short_displacement_shrinks_a_true_shift() -> None:
     start = (0.97 * shift)[:, None, None, None].expand(3, *shape).contiguous()
     config = PublishedConfig(iterations=80, rate=0.02, boxes=2, regularity=0.0)
     for quirk in (True, False):
-        disp, _ = published.refine(f, m, start, config, QuirksConfig(short_displacement=quirk))
+        disp, _ = published.refine((f, m), start, config, QuirksConfig(short_displacement=quirk))
         found = disp[:, 14:18, 13:17, 16:20].mean((1, 2, 3))
         size = torch.tensor(shape)
         expected = shift * (size - 1) / size if quirk else shift
@@ -70,7 +70,7 @@ def test_untied_start_throws_empty_cells_into_the_corner() -> None:
 def test_zero_border_damps_a_constant_field() -> None:
     nothing = torch.zeros(1, 40, 40, 40)
     for quirk in (True, False):
-        disp, _ = published.refine(nothing, nothing, torch.full((3, 40, 40, 40), 5.0), PublishedConfig(iterations=1),
+        disp, _ = published.refine((nothing, nothing), torch.full((3, 40, 40, 40), 5.0), PublishedConfig(iterations=1),
                                    QuirksConfig(zero_border=quirk))
         assert disp[0, 20, 20, 20] == pytest.approx(5, abs=1e-4)
         assert disp[0, 0, 20, 20] == pytest.approx(1.5 if quirk else 5, abs=0.1)  # less than a third is left at a face,
