@@ -107,12 +107,15 @@ def _read_labels(path: Path) -> Volume:
 
 
 def worse(scores: Mapping[str, Any]) -> list[str]:
-    """What agrees less after registration than before, in words for the warnings of a result."""
+    """What agrees less after registration than before, in words for the warnings of a result.
+
+    Only a loss that shows in the digits of those words counts.
+    """
     found = []
-    if (dice := scores.get("dice")) and dice["after"] < dice["before"]:
+    if (dice := scores.get("dice")) and round(dice["after"], 3) < round(dice["before"], 3):
         found.append(f"the labels overlap less after registration (mean Dice {dice['after']:.3f}) than before "
                      f"({dice['before']:.3f})")
-    if (tre := scores.get("tre_mm")) and tre["after"] > tre["before"]:
+    if (tre := scores.get("tre_mm")) and round(tre["after"], 2) > round(tre["before"], 2):
         found.append(f"the points are further apart after registration (mean {tre['after']:.2f} mm) than before "
                      f"({tre['before']:.2f} mm)")
     return found

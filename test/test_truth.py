@@ -62,6 +62,11 @@ def test_labels_of_other_grids_overlap_as_far_as_the_motion_is_right() -> None:
     assert wrong["dice"]["after"] < right["before"] and "overlap less" in worse(wrong)[0]
 
 
+def test_a_loss_too_small_for_the_digits_shown_is_no_warning() -> None:
+    assert worse({"dice": {"before": 0.7891, "after": 0.7889}, "tre_mm": {"before": 1.231, "after": 1.234}}) == []
+    assert len(worse({"dice": {"before": 0.789, "after": 0.788}, "tre_mm": {"before": 1.23, "after": 1.24}})) == 2
+
+
 def test_labels_of_one_side_are_named_and_left_out() -> None:
     fixed = halves(FIXED, 0.0)
     fixed.array[:2] = 7
