@@ -30,7 +30,7 @@ import SimpleITK as sitk
 from nibabel.spatialimages import HeaderDataError
 
 from dinoreg.dicom import read_series
-from dinoreg.errors import InputError, OutputError, RegistrationError
+from dinoreg.errors import ConfigError, InputError, OutputError, RegistrationError
 from dinoreg.itkfile import BLOCK, EXPORT, MAX_REST, check_whole, voxel_place
 from dinoreg.volume import Volume
 
@@ -314,6 +314,18 @@ def remove(paths: Iterable[Path]) -> None:
         except OSError as error:
             raise OutputError(f"{folder}: cannot be cleared of an earlier run ({error.strerror or error}); choose another output "
                               "folder") from error
+
+
+def check_apart(output: Path, *inputs: Path | None) -> None:
+    """See that a file to be written is none of those that it is made from; None is no file.
+
+    Raises:
+        ConfigError: if it is, also by way of a link.
+    """
+    places = {output.parent.resolve() / output.name, output.resolve()}
+    for path in inputs:
+        if path is not None and places & {path.parent.resolve() / path.name, path.resolve()}:
+            raise ConfigError(f"{output}: is an input and would be replaced by the result; choose another name")
 
 
 def check_writable(folder: Path) -> None:

@@ -55,6 +55,24 @@ def test_warp_keeps_grid_and_type(folder: Path) -> None:
     assert np.abs(found.array - expected)[1:-1, 1:-1, 1:-1][inside].max() < 0.51
 
 
+@pytest.mark.parametrize(("line", "output"), [
+    ("warp moving.mha --transform field.nii.gz --reference fixed.nii.gz", "moving.mha"),
+    ("warp moving.mha --transform field.nii.gz --reference fixed.nii.gz", "field.nii.gz"),
+    ("warp link.mha --transform field.nii.gz --reference fixed.nii.gz", "moving.mha"),
+    ("jacobian field.nii.gz --reference fixed.nii.gz", "fixed.nii.gz"),
+    ("invert field.nii.gz --fixed fixed.nii.gz --moving moving.mha", "moving.mha"),
+    ("points points.csv --transform field.nii.gz", "points.csv"),
+    ("points points.csv --transform field.nii.gz --compare truth.csv", "truth.csv"),
+])
+def test_no_result_replaces_what_it_is_made_from(folder: Path, capsys: pytest.CaptureFixture[str], line: str, output: str) -> None:
+    (folder / "link.mha").symlink_to(folder / "moving.mha")
+    for name in ("points.csv", "truth.csv"):
+        (folder / name).write_text("x,y,z\n10,0,15\n")
+    before = (folder / output).read_bytes()
+    assert run(folder, *line.split(), "-o", output) == 2
+    assert "is an input" in capsys.readouterr().err and (folder / output).read_bytes() == before
+
+
 @pytest.mark.parametrize("mode", ["nearest", "labels"])
 def test_labels_stay_labels(folder: Path, mode: str) -> None:
     assert run(folder, "warp", "labels.nii.gz", "--transform", "field.nii.gz", "--reference", "fixed.nii.gz", "-o", "out.nii.gz",

@@ -23,9 +23,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read, invert, write, and say how far the way there and back ends from its start."""
-    from dinoreg.io import read_volume
+    from dinoreg.io import check_apart, read_volume
     from dinoreg.transforms import invert, read_transform, write_field_mm
 
+    check_apart(arguments.output, arguments.transform, arguments.fixed, arguments.moving)
     fixed, moving = read_volume(arguments.fixed), read_volume(arguments.moving)
     disp = read_transform(arguments.transform).field_on(fixed)
     inverse, residual = invert(disp, fixed.affine, moving)

@@ -21,12 +21,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Read, write the map (float32; 1 no change, <= 0 a fold), print the figures."""
     import numpy as np
 
-    from dinoreg.io import read_volume, write_volume
+    from dinoreg.io import check_apart, read_volume, write_volume
     from dinoreg.metrics import jacobian_determinant
     from dinoreg.report import field_metrics, summary_line
     from dinoreg.transforms import read_transform
     from dinoreg.volume import Volume
 
+    check_apart(arguments.output, arguments.transform, arguments.reference)
     reference = read_volume(arguments.reference)
     disp = read_transform(arguments.transform).field_on(reference)
     write_volume(arguments.output, Volume(jacobian_determinant(disp).astype(np.float32), reference.affine))

@@ -29,11 +29,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Read, carry, write, compare."""
     import numpy as np
 
-    from dinoreg.io import read_volume
+    from dinoreg.io import check_apart, read_volume
     from dinoreg.points import read_points, write_points
     from dinoreg.transforms import read_transform
     from dinoreg.volume import Volume
 
+    check_apart(arguments.output, arguments.points, arguments.transform, arguments.fixed, arguments.moving, arguments.compare)
     file = read_points(arguments.points, arguments.space)
     grids: list[Volume | None] = [None, None]
     if file.space == "voxel":

@@ -23,10 +23,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read, warp, write; the type of the values is kept."""
-    from dinoreg.io import read_volume, write_volume
+    from dinoreg.io import check_apart, read_volume, write_volume
     from dinoreg.result import Registration
     from dinoreg.transforms import read_transform
 
+    check_apart(arguments.output, arguments.image, arguments.transform, arguments.reference)
     reference = read_volume(arguments.reference)
     result = Registration(read_transform(arguments.transform).field_on(reference), reference.affine)
     image = read_volume(arguments.image)
