@@ -47,7 +47,8 @@ def register(fixed: Image, moving: Image, *, fixed_mask: Image | None = None, mo
     """
     given = {"fixed": fixed, "moving": moving, "fixed_mask": fixed_mask, "moving_mask": moving_mask}
     names = {role: str(image) if isinstance(image, str | Path) else role.replace("_", " ") for role, image in given.items()}
-    volumes = {role: to_volume(image, names[role]) for role, image in given.items() if image is not None}
+    volumes = {role: to_volume(image, names[role]) for role, image in given.items()
+               if image is not None or role in ("fixed", "moving")}
     config = chosen_config(preset, features, modalities)
     images = check_images(volumes, names, (modalities[0], modalities[1]), config.modalities, initial=kind_of_start(initial))
     registrar = Registrar(config, weights=Path(weights) if weights else None, device=device, threads=threads,

@@ -260,7 +260,8 @@ def read_transform(path: Path) -> Transform:
     except DinoRegError:
         raise
     except Exception as error:  # RuntimeError, mostly; damaged bytes make packed ones raise others, and messages that are no text
-        raise InputError(f"{path}: expected an ITK transform or field; got a file that cannot be read ({_reason(error)}); "
+        wanted = "an ITK transform, or 4x4 numbers" if path.suffix == ".txt" else "an ITK transform or field"
+        raise InputError(f"{path}: expected {wanted}; got a file that cannot be read ({_reason(error)}); "
                          "write it again") from error
     return Transform(transform)
 

@@ -134,6 +134,7 @@ def test_simpleitk_images_come_back_as_they_were() -> None:
 @pytest.mark.parametrize(("image", "message"), [
     (np.zeros((4, 5)), "expected a 3D image"), (np.zeros((4, 5, 6, 3)), "expected a 3D image"),
     (np.zeros((4, 5, 6), complex), "one number a voxel"), ([[1, 2]], "got list"),
+    (None, "fixed: expected .*; got NoneType"),
     (sitk.Image([4, 5], sitk.sitkInt16), "expected a 3D image"), ("gone.nii.gz", r"gone\.nii\.gz: no such file")])
 def test_what_is_no_image_is_refused_by_its_role(image: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):

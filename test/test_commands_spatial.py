@@ -64,7 +64,7 @@ def test_warp_keeps_grid_and_type(folder: Path) -> None:
     ("points points.csv --transform field.nii.gz", "points.csv"),
     ("points points.csv --transform field.nii.gz --compare truth.csv", "truth.csv"),
 ])
-def test_no_result_replaces_what_it_is_made_from(folder: Path, capsys: pytest.CaptureFixture[str], line: str, output: str) -> None:
+def test_no_result_replaces_its_source(folder: Path, capsys: pytest.CaptureFixture[str], line: str, output: str) -> None:
     (folder / "link.mha").symlink_to(folder / "moving.mha")
     for name in ("points.csv", "truth.csv"):
         (folder / name).write_text("x,y,z\n10,0,15\n")

@@ -155,7 +155,7 @@ def test_the_residual_tells_of_folds() -> None:
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.tfm", b"nonsense", "cannot be read"), ("a.h5", b"", "cannot be read"), ("a.txt", b"1 2 3\n4 5 6\n", "4x4"),
     ("a.txt", b"1 0 0 0\n0 0 0 0\n0 0 1 0\n0 0 0 1\n", "inverted"), ("a.nii.gz", b"1234", "cannot be read"),
-    ("a.png", b"", "expected one of"), (None, b"", "no such file"),
+    ("a.txt", b"1 2 3\n4 5\n", "4x4"), ("a.png", b"", "expected one of"), (None, b"", "no such file"),
 ])
 def test_what_is_no_transform_is_named(tmp_path: Path, name: str | None, content: bytes, message: str) -> None:
     path = tmp_path / (name or "missing.h5")
