@@ -27,13 +27,17 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
+from dinoreg.config import Config
 from dinoreg.encoding import same_view
 from dinoreg.errors import ConfigError, DinoRegError, RegistrationError
+from dinoreg.grid import Shape
 from dinoreg.initial import undone
 from dinoreg.io import read_volume, remove
 from dinoreg.jobs import Case
+from dinoreg.plan import Pair, plan
 from dinoreg.report import failure_record
 from dinoreg.run import Record
+from dinoreg.vit import ARCHITECTURES
 from dinoreg.work import Order, worker
 
 try:
@@ -45,7 +49,8 @@ except ImportError as missing:
 
 WINDOW = 2000  # pairs that the scheduler knows of: four for each of 500 workers
 CONNECT_SECONDS = 30
-PROCESS_BYTES, VOXEL_BYTES = 1.0 * 2**30, 420  # the largest of the accuracy table: 2.75 GiB for 6.9 million voxels
+PROCESS_BYTES = 2**30  # a worker with the program and Dask loaded, and what it keeps between pairs
+LARGEST = "vitl14_reg4"  # whose weights may be found where a preset leaves the choice
 
 log = logging.getLogger(__name__)
 logging.getLogger("distributed").setLevel(logging.WARNING)  # it would tell of every connection
@@ -179,31 +184,41 @@ def local(jobs: int, order: Order) -> Iterator[Cluster]:
         yield Cluster(client, order)
 
 
-def fitting(jobs: int, cases: Sequence[tuple[Case, Path]]) -> int:
-    """How many of so many processes have room for the largest pair of a list in the memory that is free; at least one.
-
-    A rule from measured runs of all presets: ``PROCESS_BYTES`` and ``VOXEL_BYTES`` for each voxel of the fixed image.
-    """
+def fitting(jobs: int, cases: Sequence[tuple[Case, Path]], config: Config) -> int:
+    """How many of so many processes have room for the dearest pair of a list (``dinoreg.plan``) in the memory that is free; at
+    least one."""
     free = min(psutil.virtual_memory().available, MEMORY_LIMIT)
-    largest = max((_voxels(path) for path in {case.fixed for case, _ in cases}), default=0)
-    room = max(1, int(free / (PROCESS_BYTES + VOXEL_BYTES * largest)))
+    arch = config.encoder.arch if config.encoder.arch in ARCHITECTURES else LARGEST if "dinov2" in config.features else None
+    images = {(case.fixed, case.moving) for case, _ in cases}
+    dearest = max((plan(config, pair, arch=arch, output="all").peak for names in images if (pair := _pair(*names))), default=0)
+    needed = PROCESS_BYTES + dearest
+    room = max(1, int(free / needed))
     if room < jobs:
         log.warning("%d jobs in place of %d: %.1f GiB of memory are free, and a pair of this list takes up to %.1f GiB", room,
-                    jobs, free / 2**30, (PROCESS_BYTES + VOXEL_BYTES * largest) / 2**30)
+                    jobs, free / 2**30, needed / 2**30)
     return min(jobs, room)
 
 
-def _voxels(path: Path) -> int:
-    """Of an image, by its header; 0 if it has none that can be read: its pairs will fail."""
+def _pair(fixed: Path, moving: Path) -> Pair | None:
+    """Two images by their headers; None if one has none that can be read: the pair will fail."""
+    (shape, spacing), (other, _) = _header(fixed), _header(moving)
+    voxels, more = math.prod(shape), math.prod(other)
+    return Pair(shape, spacing, more, 4 * (voxels + more), 4, same_grid=False) if voxels and more else None
+
+
+def _header(path: Path) -> tuple[Shape, tuple[float, float, float]]:
+    """Shape and spacing of an image by its header; no voxels if it has none that can be read."""
     try:
         if path.is_dir():  # DICOM, two bytes a voxel and more
-            return sum(file.stat().st_size for file in path.iterdir() if file.is_file()) // 2
+            voxels = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) // 2
+            return (1, 1, voxels), (1.0, 1.0, 1.0)
         reader = sitk.ImageFileReader()
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
-        return math.prod(reader.GetSize())
-    except (OSError, RuntimeError):
-        return 0
+        (i, j, k), (a, b, c) = reader.GetSize(), reader.GetSpacing()
+        return (i, j, k), (a, b, c)
+    except (OSError, RuntimeError, ValueError):  # the last one: not three axes
+        return (0, 0, 0), (1.0, 1.0, 1.0)
 
 
 def absolute(case: Case) -> Case:

@@ -18,8 +18,9 @@ import pytest
 from fake_encoder import PatchMeans, affine
 from small_pair import QUICK, SHIFT_MM, scan, small_pair
 
-from dinoreg.config import EncoderConfig, PcaConfig
-from dinoreg.io import read_json, write_volume
+from dinoreg.config import EncoderConfig, PcaConfig, get_preset
+from dinoreg.io import read_json, read_volume, write_volume
+from dinoreg.plan import Pair, plan
 from dinoreg.volume import Volume
 
 pytest.importorskip("distributed", reason="needs the extra `cluster`: pip install 'dask[distributed]'")
@@ -239,8 +240,11 @@ def test_jobs_keep_to_the_memory_that_is_free(lab: Lab, monkeypatch: pytest.Monk
     from dinoreg.jobs import Case
 
     case = Case("1", lab.folder / "atlas.nii.gz", lab.folder / "scan0.nii.gz", None, None, ("", ""), (), None, None, False)
-    need = cluster.PROCESS_BYTES + cluster.VOXEL_BYTES * 24 * 26 * 22
+    config = replace(get_preset("generic"), features="mind")
+    fixed, moving = read_volume(case.fixed), read_volume(case.moving)
+    pair = replace(Pair.of(fixed, moving), held=4 * (fixed.array.size + moving.array.size), moving_item=4, same_grid=False)
+    need = cluster.PROCESS_BYTES + plan(config, pair, output="all").peak
     monkeypatch.setattr(cluster.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * need))
     for free, jobs in ((10 * need, 4), (2.5 * need, 2), (0.1 * need, 1)):
         monkeypatch.setattr(cluster, "MEMORY_LIMIT", free)
-        assert cluster.fitting(4, [(case, lab.folder)]) == jobs
+        assert cluster.fitting(4, [(case, lab.folder)], config) == jobs

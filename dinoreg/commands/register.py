@@ -171,7 +171,7 @@ def _on_cluster(arguments: argparse.Namespace, order: Order, cases: Cases, spare
     if arguments.scheduler:
         workers = cluster.connected(arguments.scheduler, order)
     else:
-        jobs = min(cluster.fitting(arguments.jobs, cases), len(cases))
+        jobs = min(cluster.fitting(arguments.jobs, cases, order.config), len(cases))
         threads = order.threads or max(1, (os.cpu_count() or 1) // jobs)
         workers = cluster.local(jobs, replace(order, threads=threads))
     with workers as running:
