@@ -268,7 +268,7 @@ def _largest(folders: Sequence[Path], models: Mapping[str, Any], explicit: Path 
     unknown = "".join(f" ({path} is damaged, or no DINOv2 of a known architecture)" for path in hub_files)
     raise WeightsError(f"no weights for the encoder: expected {names[0]} (or {names[1]}, or {HUB_FILE}, or another file of "
                        f"weights/manifest.json), found none in {_looked(folders)}{unknown}; fetch them with: "
-                       f"{_command(RECOMMENDED, explicit)} ({QUICK} for a quick try)")
+                       f"{_command(RECOMMENDED, explicit)} ({QUICK} for a quick try), or take the features mind, which need none")
 
 
 def _own_names(entry: Mapping[str, Any]) -> tuple[str, str]:

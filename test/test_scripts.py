@@ -127,6 +127,19 @@ def test_interrupted_installation_is_done_again_from_the_start(checkout: Path) -
     assert "making the virtual environment" in done.stderr
 
 
+def test_an_environment_that_it_did_not_make_is_never_emptied(checkout: Path) -> None:
+    (checkout / "venv" / "bin").mkdir(parents=True)
+    python = checkout / "venv" / "bin" / "python"
+    python.write_text(FAKE_PYTHON, encoding="utf-8")
+    python.chmod(0o755)
+    for name in ("pyvenv.cfg", "thesis.txt"):
+        (checkout / "venv" / name).touch()
+    assert make_venv(checkout, FAKE_PIP="1").returncode != 0
+    done = make_venv(checkout)
+    assert done.returncode == 0, done.stderr
+    assert (checkout / "venv" / "thesis.txt").exists()
+
+
 def test_unsupported_python_is_said_clearly(checkout: Path) -> None:
     done = make_venv(checkout, FAKE_UNSUPPORTED="1")
     assert done.returncode != 0

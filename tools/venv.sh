@@ -30,12 +30,15 @@ else
     touch "$lock"
 fi
 
-# A set-up that was cut off is thrown away: a package may be there by half and look whole.
-[ ! -e "$marker" ] || find "$venv" -mindepth 1 -maxdepth 1 ! -path "$lock" -exec rm -rf {} +
+# A set-up that was cut off is thrown away: a package may be there by half and look whole. But never an environment of the user's own.
+made=$venv/.dinoreg-made
+if [ -e "$marker" ] && [ -e "$made" ]; then
+    find "$venv" -mindepth 1 -maxdepth 1 ! -path "$lock" -exec rm -rf {} +
+fi
 if [ ! -f "$venv/pyvenv.cfg" ]; then
     python=$(find_python)
     echo "making the virtual environment $venv with $("$python" --version)" >&2
-    touch "$marker"
+    touch "$marker" "$made"
     "$python" -m venv "$venv" >&2 ||
         fail "$python cannot make a virtual environment; on Debian and Ubuntu, install the package python3-venv"
 fi
